@@ -1,0 +1,19 @@
+"""Settings that every test shares, and the parser that runs the Python blocks of README.md."""
+
+import os
+import tempfile
+
+import hypothesis
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+# Keras chooses its backend, and writes its configuration, when it is first imported.
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["KERAS_HOME"] = tempfile.mkdtemp(prefix="keras-")
+
+# Compiling takes most of an example's time, so its duration says nothing; the same examples on every
+# machine make a failure one that anybody can repeat.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md"]).pytest()

@@ -1,0 +1,13 @@
+"""Gradient centralization for JAX, as an optax transformation."""
+
+import importlib.metadata
+
+from ._axes import WeightAxes as WeightAxes
+from ._axes import conv_only as conv_only
+from ._axes import out_first as out_first
+from ._axes import out_last as out_last
+from ._centralize import centralize as centralize
+from ._centralize import centralize_gradients as centralize_gradients
+from ._centralize import centralized as centralized
+
+__version__ = importlib.metadata.version("gc_optax")

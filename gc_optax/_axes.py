@@ -1,0 +1,482 @@
+"""What each axis of a parameter means: fan-in, fan-out or batch.
+
+A user may say it in many ways: a convention, a tree of axes, a function of the parameters, and a mask
+on top. `settle` turns whatever was given into one `WeightAxes` for each leaf, or raises an error that
+names the leaf.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import tree_util as jtu
+
+PyTree = Any
+Axes = PyTree | Callable[[PyTree], PyTree] | None
+Mask = PyTree | Callable[[PyTree], PyTree] | None
+Path = tuple[Any, ...]
+
+_DOT = "dot_general"
+_CONV = "conv_general_dilated"
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightAxes:
+    """Which axes of one parameter are the inputs of its weight vectors, and how that is known.
+
+    Gradient centralization averages over `fan_in`. Axes in neither `fan_in` nor `fan_out` are batch
+    axes: a stack of layers, of experts, of groups. For the average a batch axis is like a fan-out
+    axis: every index along it has weight vectors of its own.
+
+    An empty `fan_in` means "leave this parameter alone". JAX treats a `WeightAxes` as one leaf of a
+    tree, so a tree of them has the structure of the parameters.
+
+    Args:
+        fan_in: the axes that are averaged over. Negative axes count from the end.
+        fan_out: the axes that tell one weight vector from another.
+        op: the JAX primitive in which the weight meets the data (`"dot_general"`,
+            `"conv_general_dilated"`), as far as it is known.
+        why: for a reader, where the axes come from or why the parameter is left alone.
+
+    Raises:
+        TypeError: if `fan_in` or `fan_out` is not a tuple of ints.
+
+    Example:
+        A stack of 12 dense layers of shape (64, 32), kept in one array:
+
+        >>> from gc_optax import WeightAxes
+        >>> axes = WeightAxes(fan_in=(1,), fan_out=(2,), why="12 stacked Dense layers")
+        >>> axes.fan_in
+        (1,)
+    """
+
+    fan_in: tuple[int, ...]
+    fan_out: tuple[int, ...] = ()
+    op: str = ""
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        for field, axes in (("fan_in", self.fan_in), ("fan_out", self.fan_out)):
+            if not (isinstance(axes, tuple) and all(map(_is_axis, axes))):
+                raise TypeError(f"WeightAxes.{field} must be a tuple of ints, got {axes!r}")
+
+
+def out_last(params: PyTree) -> PyTree:
+    """The convention of Flax, Haiku and Keras: every axis but the last is fan-in.
+
+    A convention sees names and shapes, not the model. These are left alone, each with the reason in
+    `why`: leaves of rank below 2; leaves whose name says that they are no weight matrix (a bias, a
+    scale, an embedding table and what else the frameworks call such things); leaves with a fan-in
+    below 2, which the projection would zero. Some names say more than the rank does: the `query`,
+    `key` and `value` kernels of an attention layer, of shape (embed, heads, head_dim), have their
+    fan-in in axis 0, and a depthwise kernel as Keras stores it, (*window, channels, multiplier), has
+    it in its window. A name it does not know, of rank 2 or more, is a weight.
+
+    Given explicitly, as in `centralize(out_last)`, the convention is silent. As the default it warns
+    of each kernel that it cannot settle: see `centralize`.
+
+    Args:
+        params: the parameters, a tree of arrays of any shape and dtype, or of
+            `jax.ShapeDtypeStruct`s. Nothing but shapes, dtypes and the path of each leaf is read.
+
+    Returns:
+        A tree with the structure of `params` and a `WeightAxes` at each leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gc_optax import out_last
+        >>> axes = out_last({"Dense_0": {"kernel": jnp.ones((64, 10)), "bias": jnp.ones((10,))}})
+        >>> axes["Dense_0"]["kernel"].fan_in
+        (0,)
+        >>> axes["Dense_0"]["bias"].fan_in, axes["Dense_0"]["bias"].why
+        ((), 'rank 1: no weight matrix')
+
+    References:
+        The kernel layouts documented for `flax.linen.Dense` and `flax.linen.Conv`, which the layers of
+        Haiku and Keras share.
+    """
+    return jtu.tree_map_with_path(functools.partial(_by_convention, _out_last_kernel), params)
+
+
+def out_first(params: PyTree) -> PyTree:
+    """The convention of PyTorch and Equinox: every axis but the first is fan-in.
+
+    This is the rule of the authors' code and of `optax.centralize`. On a tree without names (a list
+    of arrays, say) it equals `optax.centralize`, except that a fan-in below 2 is left alone here and
+    zeroed there. Where there are names, they are heeded as by `out_last`: a
+    bias, a scale or an embedding table is left alone, and so is the `weight` of a module whose own
+    name says that it is a normalization or an embedding.
+
+    Args:
+        params: the parameters, as for `out_last`.
+
+    Returns:
+        A tree with the structure of `params` and a `WeightAxes` at each leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gc_optax import out_first
+        >>> out_first([jnp.ones((10, 64)), jnp.ones((16, 3, 5, 5))])[1].fan_in
+        (1, 2, 3)
+
+    References:
+        The authors' code, https://github.com/Yonghongwei/Gradient-Centralization
+    """
+    return jtu.tree_map_with_path(functools.partial(_by_convention, _out_first_kernel), params)
+
+
+def conv_only(axes: Axes) -> Axes:
+    """Keeps the convolutions of a tree or of a convention, and leaves everything else alone.
+
+    The authors found that centralizing only the convolutions (`gc_conv_only` in their code, the `GCC`
+    variants of their optimizers) is sometimes better than centralizing the dense layers too.
+
+    A leaf is a convolution where its `op` is `"conv_general_dilated"`. The conventions take a kernel
+    of rank 4 or more for one (the authors' rule), and one of lower rank where its module's name has
+    the word "conv".
+
+    Args:
+        axes: a tree of `WeightAxes`, or a function from parameters to such a
+            tree, `out_last` for example.
+
+    Returns:
+        The same kind of thing: a tree for a tree, a function for a function.
+
+    Raises:
+        TypeError: if a leaf is not a `WeightAxes`: bare axes do not say what the weight is used for.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gc_optax import conv_only, out_last
+        >>> params = {"conv": jnp.ones((3, 3, 16, 32)), "head": jnp.ones((32, 10))}
+        >>> axes = conv_only(out_last)(params)
+        >>> axes["conv"].fan_in, axes["head"].fan_in
+        ((0, 1, 2), ())
+
+    References:
+        `gc_conv_only` in the authors' code, https://github.com/Yonghongwei/Gradient-Centralization
+    """
+    if axes is None:
+        raise TypeError("conv_only needs a tree of WeightAxes or a convention such as out_last, got None")
+    if _is_function(axes):
+        return lambda params: conv_only(axes(params))
+    return jtu.tree_map_with_path(_keep_convolution, axes)
+
+
+def is_absent(node: Any) -> bool:
+    """Whether `node` stands where a parameter was taken out: `None`, or optax's `MaskedNode`."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def settle(params: PyTree, axes: Axes, mask: Mask) -> list[WeightAxes]:
+    """One `WeightAxes` for each leaf of `params`, with axes that are in range and not negative.
+
+    The leaves come in the order of `jax.tree.leaves(params, is_leaf=is_absent)`: where a parameter is
+    absent there is an entry too, whatever `axes` and `mask` have in its place.
+    """
+    axes_tree = out_last(params) if axes is None else _resolve(axes, params)
+    mask_tree = True if mask is None else _resolve(mask, params)
+    given = _match("axes", axes_tree, params, prefix=False)
+    kept = _match("mask", mask_tree, params, prefix=True)
+    return [_settle_leaf(*place, keep) for place, (_, _, keep) in zip(given, kept, strict=True)]
+
+
+def warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes]) -> None:
+    """Warns, once for all of them, of the centralized kernels that `out_last` can only guess at."""
+    places, _ = jtu.tree_flatten_with_path(params, is_leaf=is_absent)
+    doubtful = [
+        f"  {_place(path, leaf)}: mean over axes {axes.fan_in}"
+        for (path, leaf), axes in zip(places, settled, strict=True)
+        if axes.fan_in and not _out_last_kernel(_name(path), leaf.shape).settled
+    ]
+    if doubtful:
+        warnings.warn(
+            "by default gc_optax reads the axes off names and shapes (out_last: every axis but the last "
+            "is fan-in). These kernels have more than one reading: a convolution, a fused projection, a "
+            "stack of layers. The reading taken is\n" + "\n".join(doubtful) + "\n"
+            "Settle it exactly with centralize(gc_optax.infer_axes(loss, params, batch)), which reads the "
+            "axes off the model, or accept this reading silently with centralize(gc_optax.out_last).",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+# From a leaf's name and shape to its axes.
+
+
+class _Name(NamedTuple):
+    """The words of a leaf's own name, and of the module that the leaf is the weight of."""
+
+    leaf: list[str]
+    module: list[str]
+
+
+class _Reading(NamedTuple):
+    """What a convention makes of a kernel; `settled` where the kernel has no other usual reading."""
+
+    axes: WeightAxes
+    settled: bool
+
+
+# The last word of a leaf's name that one of these knows decides: "kernel_scale" is a scale, and
+# "embed_kernel" is a kernel. Frameworks glue words together ("posemb"), so some match an ending.
+_WEIGHT = re.compile(r"kernels?|weights?|w")
+_EMBEDDING = re.compile(r".*emb(ed(ding)?)?s?|wte|wpe")
+_NO_WEIGHT_MATRIX = {
+    re.compile(r".*bias(es)?|offset|shift|beta"): "named as a bias",
+    re.compile(r".*scales?|gamma|alpha|slope"): "named as a scale",
+    _EMBEDDING: "named as an embedding, a lookup table",
+    re.compile(r"mean|var(iance)?|std(dev)?"): "named as a statistic",
+}
+_NORMALIZATION = re.compile(r".*norm(alization)?|[bgl]n")
+
+
+def _words(name: str) -> list[str]:
+    words: list[str] = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    # "b" is a bias, "B" the second matrix of a LoRA pair: a single letter keeps its case.
+    return [word if len(word) == 1 else word.lower() for word in words]
+
+
+def _name(path: Path) -> _Name:
+    keys = list(path)
+    # A box (an NNX variable, a Partitioned array) holds its array in an attribute `value`: no name.
+    while len(keys) > 1 and keys[-1] == jtu.GetAttrKey("value"):
+        keys.pop()
+    names = [key.name if isinstance(key, jtu.GetAttrKey) else getattr(key, "key", None) for key in keys]
+    # Haiku's modules and flattened trees join names with a slash, PyTorch's with a dot.
+    parts = [_words(part) for name in names if isinstance(name, str) for part in re.split(r"[/.]", name)]
+    parts = [words for words in parts if words]
+    leaf = parts[-1] if parts else []
+    is_plain_weight = bool(leaf) and _WEIGHT.fullmatch(leaf[-1]) is not None
+    module = parts[-2] if is_plain_weight and len(parts) > 1 else leaf
+    return _Name(leaf, module)
+
+
+def _no_weight_matrix(name: _Name, rank: int) -> str:
+    """Why the name says that the leaf is no weight matrix; empty where it does not."""
+    if name.leaf == ["b"]:
+        return "named as a bias"
+    for word in reversed(name.leaf):
+        if _WEIGHT.fullmatch(word):
+            break
+        for pattern, why in _NO_WEIGHT_MATRIX.items():
+            if pattern.fullmatch(word):
+                return why
+    # PyTorch and Equinox call the array of any module "weight", so the module's name must tell.
+    if name.leaf == ["weight"] and name.module != name.leaf:
+        if any(map(_NORMALIZATION.fullmatch, name.module)):
+            return "named as the weight of a normalization"
+        # At a higher rank it is a patch embedding, which is a convolution.
+        if rank == 2 and any(map(_EMBEDDING.fullmatch, name.module)):
+            return _NO_WEIGHT_MATRIX[_EMBEDDING]
+    return ""
+
+
+def _by_convention(read: Callable[[_Name, tuple[int, ...]], _Reading], path: Path, leaf: Any) -> WeightAxes:
+    if not _is_inexact(leaf):
+        return _left_alone(f"no array of floats: {_describe(leaf)}")
+    if len(leaf.shape) < 2:
+        return _left_alone(f"rank {len(leaf.shape)}: no weight matrix")
+    name = _name(path)
+    why_not = _no_weight_matrix(name, len(leaf.shape))
+    if why_not:
+        return _left_alone(why_not)
+    return _without_trivial_fan_in(read(name, leaf.shape).axes, leaf.shape)
+
+
+def _out_last_kernel(name: _Name, shape: tuple[int, ...]) -> _Reading:
+    rank = len(shape)
+    every = tuple(range(rank))
+    if rank >= 3 and name.module in (["query"], ["key"], ["value"]):
+        # At rank 3 this is (embed, heads, head_dim). What is in front of it can only be a stack.
+        axes = WeightAxes(every[-3:-2], every[-2:], _DOT, "named as an attention projection into heads")
+        return _Reading(axes, settled=rank == 3)
+    if rank >= 3 and name.module in (["out"], ["attention", "output"]):
+        axes = WeightAxes(every[:-1], every[-1:], _DOT, "named as an attention projection out of heads")
+        return _Reading(axes, settled=rank == 3)
+    if rank >= 3 and "depthwise" in name.leaf + name.module and shape[-2] > 1:
+        # Flax and Haiku keep depthwise kernels as (*window, 1, channels): this can only be Keras.
+        axes = WeightAxes(every[:-2], every[-1:], _CONV, "named as a depthwise kernel: the window")
+        return _Reading(axes, settled=True)
+    axes = WeightAxes(every[:-1], every[-1:], _op(name, rank), "out_last: every axis but the last")
+    # Transposed convolutions come as (*window, in, out) and as (*window, out, in), unshared ones
+    # have a weight of their own at each position.
+    doubtful_name = not {"transpose", "transposed", "local"}.isdisjoint(name.module)
+    return _Reading(axes, settled=rank in (2, 4) and not doubtful_name)
+
+
+def _out_first_kernel(name: _Name, shape: tuple[int, ...]) -> _Reading:
+    rank = len(shape)
+    every = tuple(range(rank))
+    axes = WeightAxes(every[1:], every[:1], _op(name, rank), "out_first: every axis but the first")
+    return _Reading(axes, settled=rank in (2, 4))
+
+
+def _op(name: _Name, rank: int) -> str:
+    return _CONV if rank >= 4 or not {"conv", "convolution"}.isdisjoint(name.module) else _DOT
+
+
+def _keep_convolution(path: Path, axes: Any) -> WeightAxes:
+    if not isinstance(axes, WeightAxes):
+        raise TypeError(
+            f"conv_only needs a WeightAxes at every leaf, to know which are convolutions; "
+            f"at {_at(path)} there is {axes!r}"
+        )
+    return axes if axes.op == _CONV or not axes.fan_in else _left_alone("no convolution", op=axes.op)
+
+
+# From what the user gave to one WeightAxes a leaf.
+
+
+def _is_function(given: Any) -> bool:
+    # A module of Equinox or NNX is callable too, but it is a tree: it has leaves of its own.
+    return callable(given) and jtu.all_leaves([given])
+
+
+def _resolve(given: Any, params: PyTree) -> PyTree:
+    return given(params) if _is_function(given) else given
+
+
+def _match(role: str, tree: PyTree, params: PyTree, *, prefix: bool) -> list[tuple[Path, Any, Any]]:
+    """Each leaf of `params` with its path and what `tree` has in the same place.
+
+    `jax.tree.map` does this too, but it cannot say where two trees differ, and it does not match a
+    full tree with parameters of which a part is masked out.
+    """
+    matched: list[tuple[Path, Any, Any]] = []
+
+    def walk(path: Path, node: Any, entry: Any) -> None:
+        if is_absent(node) or jtu.all_leaves([node]):
+            matched.append((path, node, entry))
+            return
+        children, structure = _one_level(node)
+        if prefix and jtu.all_leaves([entry]):
+            entries = [entry] * len(children)
+        else:
+            with_keys, entry_structure = _one_level(entry)
+            if entry_structure != structure:
+                raise ValueError(
+                    f"{role} does not have the structure of the parameters: at {_at(path)} the parameters "
+                    f"have {_describe(node)}, {role} has {_describe(entry)}"
+                )
+            entries = [child for _, child in with_keys]
+        for (key, child), child_entry in zip(children, entries, strict=True):
+            walk((*path, *key), child, child_entry)
+
+    walk((), params, tree)
+    return matched
+
+
+def _one_level(node: Any) -> tuple[list[tuple[Path, Any]], jtu.PyTreeDef]:
+    return jtu.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
+
+
+def _settle_leaf(path: Path, leaf: Any, given: Any, keep: Any) -> WeightAxes:
+    if is_absent(leaf):
+        return _left_alone("absent")
+    place = _place(path, leaf)
+    axes = _in_range(_as_weight_axes(given, place), leaf, place)
+    if not _as_bool(keep, place):
+        return _left_alone("masked out", op=axes.op)
+    if not _is_inexact(leaf):
+        return _left_alone(f"no array of floats: {_describe(leaf)}", op=axes.op)
+    return _without_trivial_fan_in(axes, leaf.shape)
+
+
+def _as_weight_axes(given: Any, place: str) -> WeightAxes:
+    if isinstance(given, WeightAxes):
+        return given
+    if given is None:
+        return _left_alone("left alone by axes")
+    if isinstance(given, optax.contrib.MuonDimensionNumbers):
+        fan_in = _axis_tuple(given.reduction_axis, place)
+        return WeightAxes(fan_in, _axis_tuple(given.output_axis, place), why="MuonDimensionNumbers")
+    if _is_axis(given) or isinstance(given, tuple):
+        return WeightAxes(_axis_tuple(given, place), why="given by axes")
+    raise TypeError(
+        f"axes for {place} must be a WeightAxes, an int, a tuple of ints, a MuonDimensionNumbers or None, "
+        f"got {given!r}" + ("; a tree of bools is a mask" if isinstance(given, bool) else "")
+    )
+
+
+def _axis_tuple(given: Any, place: str) -> tuple[int, ...]:
+    axes = (given,) if _is_axis(given) else given
+    if not (isinstance(axes, tuple | list) and all(map(_is_axis, axes))):
+        raise TypeError(f"axes for {place} must be ints, got {given!r}")
+    return tuple(map(operator.index, axes))
+
+
+def _is_axis(given: Any) -> bool:
+    return isinstance(given, int | np.integer) and not isinstance(given, bool)
+
+
+def _in_range(axes: WeightAxes, leaf: Any, place: str) -> WeightAxes:
+    rank = len(leaf.shape) if _is_array_like(leaf) else 0
+    for axis in axes.fan_in + axes.fan_out:
+        if not -rank <= axis < rank:
+            raise ValueError(f"axes for {place}: axis {axis} is out of range for rank {rank}")
+    fan_in = tuple(axis % rank for axis in axes.fan_in)
+    fan_out = tuple(axis % rank for axis in axes.fan_out)
+    if len(set(fan_in + fan_out)) < len(fan_in + fan_out):
+        named = f"fan_in {axes.fan_in}" + (f", fan_out {axes.fan_out}" if axes.fan_out else "")
+        raise ValueError(f"axes for {place}: an axis is repeated in {named}")
+    return dataclasses.replace(axes, fan_in=fan_in, fan_out=fan_out)
+
+
+def _as_bool(keep: Any, place: str) -> bool:
+    is_bool = isinstance(keep, bool) or (
+        _is_array_like(keep) and keep.dtype == jnp.bool_ and keep.shape == ()
+    )
+    if is_bool and not isinstance(keep, jax.core.Tracer):
+        return bool(keep)
+    raise TypeError(f"mask for {place} must be a bool that is known when the update is traced, got {keep!r}")
+
+
+def _without_trivial_fan_in(axes: WeightAxes, shape: tuple[int, ...]) -> WeightAxes:
+    if 0 in shape:
+        return _left_alone("empty", op=axes.op)
+    fan_in = math.prod(shape[axis] for axis in axes.fan_in)
+    if axes.fan_in and fan_in < 2:
+        return _left_alone(f"fan-in {fan_in}: nothing would be left of the gradient", op=axes.op)
+    return axes
+
+
+def _left_alone(why: str, op: str = "") -> WeightAxes:
+    return WeightAxes((), (), op, why)
+
+
+def _is_array_like(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return _is_array_like(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+# For the reader of an error message.
+
+
+def _at(path: Path) -> str:
+    return jtu.keystr(path) or "the root"
+
+
+def _place(path: Path, leaf: Any) -> str:
+    return f"{_at(path)}, shape {leaf.shape}" if _is_array_like(leaf) else _at(path)
+
+
+def _describe(node: Any) -> str:
+    if _is_array_like(node):
+        return f"an array of dtype {node.dtype} and shape {node.shape}"
+    if is_absent(node) or jtu.all_leaves([node]):
+        return repr(node)
+    children, _ = _one_level(node)
+    return f"a {type(node).__name__} with {', '.join(_at(key) for key, _ in children) or 'nothing'}"

@@ -1,0 +1,206 @@
+"""Gradient centralization in optax's protocol."""
+
+from typing import Any, Literal, get_args
+
+import jax
+import optax
+
+from ._axes import Axes, Mask, PyTree, is_absent, settle, warn_of_unsettled_kernels
+from ._mean import subtract_mean
+
+Where = Literal["gradients", "updates"]
+
+
+def centralize(axes: Axes = None, *, mask: Mask = None) -> optax.GradientTransformation:
+    r"""Subtracts from the gradient of every weight vector its mean over the vector's inputs.
+
+    For a weight vector \(w\) with \(n\) inputs and the gradient \(g = \nabla_w L\),
+
+    $$
+    g \leftarrow g - \frac 1 n \sum_{i=1}^{n} g_i \mathbf 1
+    $$
+
+    This is a projection: what is left of \(g\) sums to zero, so that a step of plain SGD keeps the
+    sum of every weight vector where it is. The transformation is linear and has no state.
+
+    Integer, bool, `float0` and empty leaves, leaves with a fan-in below 2, `None` and
+    `optax.MaskedNode` pass through as they are. Below float32, the mean is taken and subtracted in
+    float32 and the difference rounded once.
+
+    Args:
+        axes: which axes are the inputs of a weight vector. A tree with the structure of the
+            parameters, or a function from the parameters to such a tree. A leaf is a `WeightAxes`, an
+            int, a tuple of ints, an `optax.contrib.MuonDimensionNumbers` (whose `reduction_axis`
+            counts), or `None` for "leave this one alone"; negative axes count from the end. By
+            default the convention `out_last`, with one warning that names the kernels that a
+            convention cannot settle: those of rank 3 and of rank 5 and more, and transposed
+            convolutions. `axes=out_last` takes the convention silently.
+        mask: optax's mask: a tree of bools with the structure of the parameters or of a prefix of
+            it, or a function from the parameters to such a tree. A leaf is centralized where it is
+            true. By default it is true everywhere.
+
+    Returns:
+        An `optax.GradientTransformation`. Its `init` returns `optax.EmptyState()`, and checks `axes`
+        and `mask` against the parameters. Its `update` works with and without `params`, and keeps
+        shapes and dtypes.
+
+    Raises:
+        ValueError: from `init` and `update`, if `axes` or `mask` has not the structure of the
+            parameters, or if an axis is repeated or out of range. The message names the parameter.
+        TypeError: likewise, if a leaf of `axes` or `mask` is of none of the types above.
+
+    Example:
+        >>> import gc_optax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones((2,))}
+        >>> optimizer = optax.chain(gc_optax.centralize(), optax.sgd(0.1))
+        >>> state = optimizer.init(params)
+        >>> gradients = {"kernel": jnp.array([[1.0, 0.0], [2.0, 0.0], [6.0, 3.0]]), "bias": jnp.ones((2,))}
+        >>> updates, state = optimizer.update(gradients, state, params)
+        >>> print(updates["kernel"])
+        [[ 0.2  0.1]
+         [ 0.1  0.1]
+         [-0.3 -0.2]]
+        >>> print(updates["bias"])
+        [-0.1 -0.1]
+
+    References:
+        Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks",
+        ECCV 2020, https://arxiv.org/abs/2004.01461
+    """
+
+    def init(params: optax.Params) -> optax.OptState:
+        # optax.tree_map_params calls `init` with a placeholder that has no leaves: nothing to check.
+        if jax.tree.leaves(params):
+            settled = settle(params, axes, mask)
+            if axes is None:
+                warn_of_unsettled_kernels(params, settled)
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        return _project(updates, axes, mask), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def centralize_gradients(gradients: PyTree, axes: Axes = None, *, mask: Mask = None) -> PyTree:
+    """`centralize` as a pure function of the gradients, for a training loop without optax.
+
+    Args:
+        gradients: a tree of arrays.
+        axes: as for `centralize`; the tree of axes has the structure of `gradients`.
+        mask: as for `centralize`.
+
+    Returns:
+        The centralized gradients, with the same structure, shapes and dtypes.
+
+    Raises:
+        ValueError: as the `init` of `centralize`.
+        TypeError: as the `init` of `centralize`.
+
+    Example:
+        >>> import gc_optax
+        >>> import jax.numpy as jnp
+        >>> print(gc_optax.centralize_gradients(jnp.array([[1.0, 0.0], [3.0, 4.0]]), axes=0))
+        [[-1. -2.]
+         [ 1.  2.]]
+
+    References:
+        Yong et al., ECCV 2020, https://arxiv.org/abs/2004.01461
+    """
+    if axes is None:
+        warn_of_unsettled_kernels(gradients, settle(gradients, axes, mask))
+    return _project(gradients, axes, mask)
+
+
+def centralized(
+    optimizer: optax.GradientTransformation,
+    centralization: optax.GradientTransformation | None = None,
+    *,
+    where: Where = "gradients",
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer with gradient centralization built in, and with the state it has without.
+
+    `optax.chain(centralize(), optimizer)` adds a slot to the optimizer's state. Here the state is
+    that of `optimizer`, so a checkpoint written without centralization loads with it, and back.
+
+    Args:
+        optimizer: any optax optimizer. Extra arguments of `update` are passed on to it.
+        centralization: what centralizes, `centralize()` by default. It must be without state, as
+            `centralize(...)` with any axes and mask is.
+        where: `"gradients"` centralizes what goes into the optimizer (`gc_loc=True` in the authors'
+            code): its moments then see centralized gradients. `"updates"` centralizes what comes out
+            of it (`gc_loc=False`, which the authors advise for adaptive methods): the sum of every
+            weight vector then stays where it is, whatever the optimizer does, its weight decay
+            included.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+        ValueError: if `where` is neither of the two; from `init`, if `centralization` has a state.
+        TypeError: if `optimizer` or `centralization` is no `optax.GradientTransformation`.
+
+    Example:
+        >>> import gc_optax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones((2,))}
+        >>> optimizer = gc_optax.centralized(optax.adamw(1e-3), where="updates")
+        >>> state = optimizer.init(params)
+        >>> gradients = {"kernel": jnp.arange(6.0).reshape(3, 2), "bias": jnp.ones((2,))}
+        >>> updates, state = optimizer.update(gradients, state, params)
+        >>> print(jnp.allclose(updates["kernel"].sum(axis=0), 0.0, atol=1e-8))
+        True
+
+    References:
+        Yong et al., ECCV 2020, https://arxiv.org/abs/2004.01461; `gc_loc` in the authors' code,
+        https://github.com/Yonghongwei/Gradient-Centralization
+    """
+    if where not in get_args(Where):
+        raise ValueError(f'where must be "gradients" or "updates", got {where!r}')
+    if centralization is None:
+        centralization = centralize()
+    inner = _with_extra_args("optimizer", optimizer)
+    projection = _with_extra_args("centralization", centralization)
+
+    def init(params: optax.Params) -> optax.OptState:
+        state = projection.init(params)
+        if not isinstance(state, optax.EmptyState):
+            raise ValueError(
+                "centralization must be without state, so that the state of the optimizer stays as it is; "
+                f"its init gave {state!r}. To mask, use centralize(mask=...)"
+            )
+        return inner.init(params)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if where == "gradients":
+            updates, _ = projection.update(updates, optax.EmptyState(), params, **extra_args)
+            return inner.update(updates, state, params, **extra_args)
+        updates, state = inner.update(updates, state, params, **extra_args)
+        updates, _ = projection.update(updates, optax.EmptyState(), params, **extra_args)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _project(updates: PyTree, axes: Axes, mask: Mask) -> PyTree:
+    leaves, structure = jax.tree.flatten(updates, is_leaf=is_absent)
+    settled = settle(updates, axes, mask)
+    projected = [
+        subtract_mean(leaf, weight.fan_in) if weight.fan_in else leaf
+        for leaf, weight in zip(leaves, settled, strict=True)
+    ]
+    return jax.tree.unflatten(structure, projected)
+
+
+def _with_extra_args(role: str, given: Any) -> optax.GradientTransformationExtraArgs:
+    if not isinstance(given, optax.GradientTransformation):
+        raise TypeError(f"{role} must be an optax.GradientTransformation, got {given!r}")
+    return optax.with_extra_args_support(given)

@@ -1,0 +1,143 @@
+"""The arithmetic, against a float64 oracle and against the algebra of a projection."""
+
+import math
+
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given
+
+from gc_optax._mean import subtract_mean
+
+DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64]
+EPS32 = float(jnp.finfo(jnp.float32).eps)
+
+
+def array(seed, shape, dtype=jnp.float32):
+    numbers = np.random.default_rng(seed).normal(size=(2, *shape))
+    return jnp.asarray(numbers[0] + 1j * numbers[1] if dtype == jnp.complex64 else numbers[0], dtype)
+
+
+@st.composite
+def shapes_and_axes(draw):
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
+    axes = draw(st.sets(st.integers(0, len(shape) - 1), min_size=1))
+    return shape, tuple(sorted(axes))
+
+
+seeds = st.integers(0, 2**32 - 1)
+cases = shapes_and_axes()
+
+
+def rounding(values, axes, dtype):
+    """A bound on the error of a sum over `axes`, a subtraction and a cast to `dtype`."""
+    n = math.prod(values.shape[axis] for axis in axes)
+    largest = float(np.max(np.abs(np.asarray(values, np.complex128)), initial=0.0))
+    return (2 * n * EPS32 + float(jnp.finfo(dtype).eps) / 2) * 2 * largest
+
+
+@given(cases, seeds, st.sampled_from(DTYPES))
+def test_matches_the_oracle(case, seed, dtype):
+    shape, axes = case
+    gradient = array(seed, shape, dtype)
+    result = subtract_mean(gradient, axes)
+    chex.assert_shape(result, shape)
+    assert result.dtype == dtype
+    expected = oracle.centralize(gradient, axes)
+    np.testing.assert_allclose(
+        np.asarray(result, expected.dtype), expected, rtol=0, atol=rounding(gradient, axes, dtype)
+    )
+
+
+@given(cases, seeds)
+def test_is_idempotent(case, seed):
+    shape, axes = case
+    once = subtract_mean(array(seed, shape), axes)
+    twice = subtract_mean(once, axes)
+    np.testing.assert_allclose(twice, once, rtol=0, atol=rounding(array(seed, shape), axes, jnp.float32))
+
+
+@given(cases, seeds, st.floats(-3, 3, width=32))
+def test_is_linear(case, seed, factor):
+    shape, axes = case
+    g, h = array(seed, shape), array(seed + 1, shape)
+    combined = subtract_mean(g + factor * h, axes)
+    separate = subtract_mean(g, axes) + factor * subtract_mean(h, axes)
+    np.testing.assert_allclose(
+        combined, separate, rtol=0, atol=8 * rounding(abs(g) + 3 * abs(h), axes, g.dtype)
+    )
+
+
+@given(cases, seeds)
+def test_is_self_adjoint(case, seed):
+    shape, axes = case
+    g, h = array(seed, shape), array(seed + 1, shape)
+    left = np.vdot(np.float64(subtract_mean(g, axes)), np.float64(h))
+    right = np.vdot(np.float64(g), np.float64(subtract_mean(h, axes)))
+    assert left == pytest.approx(
+        right, abs=g.size * 10 * rounding(g, axes, g.dtype) * float(1 + jnp.max(abs(h)))
+    )
+
+
+@given(cases, seeds)
+def test_leaves_every_weight_vector_with_mean_zero(case, seed):
+    shape, axes = case
+    gradient = array(seed, shape)
+    means = np.float64(subtract_mean(gradient, axes)).mean(axes)
+    np.testing.assert_allclose(means, 0, rtol=0, atol=rounding(gradient, axes, jnp.float32))
+
+
+@given(cases, seeds, st.sampled_from(DTYPES))
+def test_never_increases_the_norm(case, seed, dtype):
+    shape, axes = case
+    gradient = array(seed, shape, dtype)
+    before = np.linalg.norm(np.asarray(gradient, np.complex128))
+    after = np.linalg.norm(np.asarray(subtract_mean(gradient, axes), np.complex128))
+    assert after <= before * (1 + float(jnp.finfo(dtype).eps)) + gradient.size * EPS32
+
+
+def test_float64_is_kept_and_accumulated_in_float64():
+    with jax.enable_x64(True):
+        gradient = jnp.asarray(np.random.default_rng(0).normal(size=(50, 3)) + 1e6)
+        result = subtract_mean(gradient, (0,))
+        assert result.dtype == jnp.float64
+        np.testing.assert_allclose(result, oracle.centralize(gradient, (0,)), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_rounded_once(dtype):
+    gradient = (array(0, (4096, 8)) + 3).astype(dtype)
+    exact = oracle.centralize(gradient, (0,))
+    eps = float(jnp.finfo(dtype).eps)
+    one_rounding = eps / 2 * abs(exact) + 1e-5  # the rest is for the sum in float32
+
+    assert np.all(abs(np.float64(subtract_mean(gradient, (0,))) - exact) <= one_rounding)
+    in_half = gradient - gradient.mean(0, keepdims=True)
+    assert np.any(abs(np.float64(in_half) - exact) > one_rounding), "the bound must tell one from two"
+
+
+def test_float8_is_accumulated_in_float32():
+    gradient = jnp.full((300, 1), 1.0, jnp.float8_e4m3fn)  # a sum in float8 ends at 16
+    result = subtract_mean(gradient, (0,))
+    assert result.dtype == jnp.float8_e4m3fn
+    np.testing.assert_array_equal(np.float32(result), 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_in_its_own_weight_vector(bad):
+    gradient = array(0, (64, 5, 7))
+    spoiled = subtract_mean(gradient.at[3, 2, 4].set(bad), (0,))
+    clean = subtract_mean(gradient, (0,))
+    other = np.ones((5, 7), bool)
+    other[2, 4] = False
+    np.testing.assert_array_equal(np.asarray(spoiled)[:, other], np.asarray(clean)[:, other])
+    assert not np.isfinite(spoiled[3, 2, 4])
+
+
+def test_leaves_no_call_behind_in_the_program_around_it():
+    jaxpr = jax.make_jaxpr(lambda g: subtract_mean(g, (0,)))(jnp.ones((3, 2)))
+    assert not [equation for equation in jaxpr.eqns if equation.primitive.name in ("jit", "pjit")]
