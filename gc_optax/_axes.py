@@ -28,6 +28,9 @@ Path = tuple[Any, ...]
 _DOT = "dot_general"
 _CONV = "conv_general_dilated"
 
+# The way into a box that holds one array, an NNX variable or a `Partitioned` array of Linen: no name.
+_BOX: Path = (jtu.GetAttrKey("value"),)
+
 
 @dataclasses.dataclass(frozen=True)
 class WeightAxes:
@@ -248,8 +251,7 @@ def _words(name: str) -> list[str]:
 
 def _name(path: Path) -> _Name:
     keys = list(path)
-    # A box (an NNX variable, a Partitioned array) holds its array in an attribute `value`: no name.
-    while len(keys) > 1 and keys[-1] == jtu.GetAttrKey("value"):
+    while keys and (keys[-1],) == _BOX:
         keys.pop()
     names = [key.name if isinstance(key, jtu.GetAttrKey) else getattr(key, "key", None) for key in keys]
     # Haiku's modules and flattened trees join names with a slash, PyTorch's with a dot.
@@ -349,12 +351,14 @@ def _resolve(given: Any, params: PyTree) -> PyTree:
 def _match(role: str, tree: PyTree, params: PyTree, *, prefix: bool) -> list[tuple[Path, Any, Any]]:
     """Each leaf of `params` with its path and what `tree` has in the same place.
 
-    `jax.tree.map` does this too, but it cannot say where two trees differ, and it does not match a
-    full tree with parameters of which a part is masked out.
+    `jax.tree.map` does this too, but it cannot say where two trees differ, it does not match a full
+    tree with parameters of which a part is masked out, and it minds boxes: `nnx.Optimizer` hands boxed
+    parameters to `init` and bare gradients to `update`.
     """
     matched: list[tuple[Path, Any, Any]] = []
 
     def walk(path: Path, node: Any, entry: Any) -> None:
+        node, entry = _unboxed(node), _unboxed(entry)
         if is_absent(node) or jtu.all_leaves([node]):
             matched.append((path, node, entry))
             return
@@ -374,6 +378,16 @@ def _match(role: str, tree: PyTree, params: PyTree, *, prefix: bool) -> list[tup
 
     walk((), params, tree)
     return matched
+
+
+def _unboxed(node: Any) -> Any:
+    """What a box (an NNX variable, a `Partitioned` array) holds in its attribute `value`."""
+    while not jtu.all_leaves([node]):
+        children, _ = _one_level(node)
+        if [key for key, _ in children] != [_BOX]:
+            break
+        node = children[0][1]
+    return node
 
 
 def _one_level(node: Any) -> tuple[list[tuple[Path, Any]], jtu.PyTreeDef]:

@@ -1,0 +1,38 @@
+# Everything runs in .venv, which is made on first use: Python 3.11 or newer and make are all that is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test lint build clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   train a small Flax model with and without gradient centralization"
+	@echo "make test   run the tests, the docstrings' examples and the Python blocks of README.md"
+	@echo "make lint   check format, style and types"
+	@echo "make build  build the wheel and the source distribution into dist/"
+	@echo "make clean  remove the environment and what was built"
+
+demo: .venv/examples.installed
+	$(BIN)/python examples/quickstart.py
+
+test: .venv/dev.installed
+	$(BIN)/python -m pytest
+
+lint: .venv/dev.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+build: .venv/dev.installed
+	rm -rf dist
+	$(BIN)/python -m build
+
+clean:
+	rm -rf .venv dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# One stamp for each set of extras in pyproject.toml: the demo does not wait for the tests' dependencies.
+.venv/%.installed: pyproject.toml
+	@echo "Setting up .venv for '$*' (a minute or so)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
