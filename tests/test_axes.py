@@ -203,6 +203,26 @@ def test_conventions_keep_the_structure_and_pass_over_what_is_absent():
     assert read == {"a": None, "b": optax.MaskedNode(), "c": [(0,)], "d": {}}
 
 
+def test_the_default_is_right_or_warns_in_every_row_of_the_table_in_the_readme():
+    rows = {
+        "Dense_0/kernel": ((8, 16), (0,)),
+        "Conv_0/kernel": ((3, 3, 8, 16), (0, 1, 2)),
+        "ConvTranspose_0/kernel": ((3, 3, 16, 8), (0, 1, 3)),
+        "query/kernel": ((8, 2, 4), (0,)),
+        "out/kernel": ((2, 4, 8), (0, 1)),
+        "scanned/Dense_0/kernel": ((12, 8, 16), (1,)),
+        "scanned/LayerNorm_0/scale": ((12, 8), ()),
+        "experts/kernel": ((4, 8, 16), (1,)),
+        "Embed_0/embedding": ((100, 8), ()),
+        "one_feature/kernel": ((1, 16), ()),
+    }
+    params = {path: leaf(*shape) for path, (shape, _) in rows.items()}
+    wrong = {path for path, axes in out_last(params).items() if axes.fan_in != rows[path][1]}
+    assert wrong == {"ConvTranspose_0/kernel", "scanned/Dense_0/kernel", "experts/kernel"}
+    (message,) = warnings_of(params)
+    assert set(re.findall(r"^  \['(.*)'\], shape", message, re.MULTILINE)) == wrong
+
+
 # conv_only
 
 

@@ -371,6 +371,18 @@ def test_a_regression_head_trains_here_and_is_frozen_by_optax():
     assert our_loss < their_loss / 2
 
 
+def test_on_a_standardized_weight_it_changes_nothing():
+    x, weight = normal(0, 32, 8), normal(1, 8, 4)
+
+    def loss(weight):
+        standardized = (weight - weight.mean(0)) / weight.std(0)
+        return jnp.sum(jnp.tanh(x @ standardized) ** 2)
+
+    gradient = jax.grad(loss)(weight)
+    assert np.max(abs(gradient)) > 1
+    np.testing.assert_allclose(centralize_gradients(gradient), gradient, rtol=0, atol=1e-5)
+
+
 # centralized
 
 
@@ -378,6 +390,12 @@ def test_centralized_gradients_are_a_chain_without_its_slot():
     inner = optax.adamw(1e-2)
     built_in, chained = centralized(inner), optax.chain(centralize(), inner)
     chex.assert_trees_all_close(train(built_in, 20), train(chained, 20), rtol=0, atol=0)
+
+
+def test_for_sgd_with_momentum_it_is_the_same_before_and_after():
+    sgd = optax.sgd(1e-3, momentum=0.9)
+    before, after = (train(centralized(sgd, where=where), 20) for where in ("gradients", "updates"))
+    chex.assert_trees_all_close(before, after, rtol=0, atol=1e-5)
 
 
 def test_centralized_updates_keep_the_sums_whatever_the_optimizer_does():

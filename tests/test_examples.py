@@ -1,0 +1,86 @@
+"""The scripts that people run: they run, and what they print is what they measured."""
+
+import pathlib
+import re
+import runpy
+import struct
+import sys
+
+import pytest
+from rich.console import Console
+
+ROOT = pathlib.Path(__file__).parent.parent
+QUICKSTART = ROOT / "examples" / "quickstart.py"
+FROZEN_HEAD = ROOT / "benchmarks" / "frozen_head.py"
+
+
+def run(monkeypatch, script, *arguments):
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    # A terminal that is wide enough for the path of the picture.
+    monkeypatch.setenv("COLUMNS", "200")
+    runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
+def test_quickstart_trains_prints_a_table_and_saves_a_picture(optimizer, monkeypatch, capsys, tmp_path):
+    picture = tmp_path / "curves.png"
+    run(monkeypatch, QUICKSTART, "--optimizer", optimizer, "--epochs", 2, "--seeds", 1, "--output", picture)
+    printed = capsys.readouterr().out
+    rows = re.findall(r"│ (\S.*?) +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │", printed)
+    assert [row[0] for row in rows] == [f"{optimizer} alone", "gc_optax.centralize", "optax.centralize"]
+    for _, loss, accuracy, _ in rows:
+        assert 0 < float(loss) < 2.3, "better than ten equal guesses"
+        assert 30 < float(accuracy) <= 100
+    assert len({loss for _, loss, _, _ in rows}) == 3, "three different ways to train"
+    assert str(picture) in printed
+    header = picture.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    assert struct.unpack(">II", header[16:24]) > (1000, 400)
+
+
+def test_quickstart_reports_what_it_is_given(capsys):
+    quickstart = runpy.run_path(str(QUICKSTART))
+    curve = quickstart["Curve"]
+    curves = {
+        "adam alone": [curve([1.0, 0.5], [0.1, 0.90], 1.0), curve([1.0, 0.7], [0.1, 0.92], 3.0)],
+        "gc_optax.centralize": [curve([1.0, 0.4], [0.1, 0.80], 2.0), curve([1.0, 0.4], [0.1, 0.92], 2.0)],
+        "optax.centralize": [curve([1.0, 0.2], [0.1, 0.95], 2.0), curve([1.0, 0.4], [0.1, 0.93], 2.0)],
+    }
+    quickstart["report"](curves, "title", 50, Console(width=200))
+    printed = capsys.readouterr().out
+    cells = [re.split(r" *│ *", line)[1:-1] for line in printed.splitlines() if line.startswith("│")]
+    assert cells == [
+        ["adam alone", "0.60000 ± 0.14142", "91.00 ± 1.41", "2.00 ± 1.41"],
+        ["gc_optax.centralize", "0.40000 ± 0.00000", "86.00 ± 8.49", "2.00 ± 0.00"],
+        ["optax.centralize", "0.30000 ± 0.14142", "94.00 ± 1.41", "2.00 ± 0.00"],
+    ]
+    assert "one of the 50 test images is 2.00 points" in printed
+    assert "gc_optax.centralize: -5.00 points; higher with 0 of 2 seeds, lower with 1" in printed
+    assert "optax.centralize: +3.00 points; higher with 2 of 2 seeds, lower with 0" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
+        (["--seeds", "many"], "argument --seeds: invalid positive_integer value: 'many'"),
+        (["--learning-rate", "nan"], "argument --learning-rate: must be a positive number, got nan"),
+        (["--batch-size", "2000"], "argument --batch-size: there are only 1437 training images"),
+        (["--optimizer", "adan"], "argument --optimizer: invalid choice: 'adan'"),
+        (["--output", "curves.txt"], "argument --output: curves.txt must end in one of"),
+        (["--output", "no/such/folder/curves.png"], "argument --output: there is no folder"),
+    ],
+)
+def test_quickstart_refuses_bad_arguments_before_it_trains(arguments, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, QUICKSTART, *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_frozen_head_shows_a_head_that_only_optax_freezes(monkeypatch, capsys, tmp_path):
+    run(monkeypatch, FROZEN_HEAD, "--steps", 20, "--seeds", 1, "--json", tmp_path / "runs.json")
+    moved = dict(re.findall(r"│ (\S.*?) +│ .* │ +([\d.]+) ± [\d.]+ │", capsys.readouterr().out))
+    assert moved.pop("optax.centralize + adam") == "0.0000"
+    assert list(moved) == ["adam", "gc_optax.centralize + adam"]
+    assert all(float(distance) > 0.1 for distance in moved.values())
+    assert (tmp_path / "runs.json").read_text().count("head_moved") == 3
