@@ -136,8 +136,3 @@ def test_what_is_not_finite_stays_in_its_own_weight_vector(bad):
     other[2, 4] = False
     np.testing.assert_array_equal(np.asarray(spoiled)[:, other], np.asarray(clean)[:, other])
     assert not np.isfinite(spoiled[3, 2, 4])
-
-
-def test_leaves_no_call_behind_in_the_program_around_it():
-    jaxpr = jax.make_jaxpr(lambda g: subtract_mean(g, (0,)))(jnp.ones((3, 2)))
-    assert not [equation for equation in jaxpr.eqns if equation.primitive.name in ("jit", "pjit")]
