@@ -1,6 +1,8 @@
 """Settings that every test shares, and the parser that runs the Python blocks of README.md."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 import hypothesis
@@ -10,6 +12,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 # Keras chooses its backend, and writes its configuration, when it is first imported.
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["KERAS_HOME"] = tempfile.mkdtemp(prefix="keras-")
+atexit.register(shutil.rmtree, os.environ["KERAS_HOME"])
 
 # Compiling takes most of an example's time, so its duration says nothing; the same examples on every
 # machine make a failure one that anybody can repeat.

@@ -72,6 +72,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="initializations (default: 5)")
     parser.add_argument("--json", type=pathlib.Path, help="also write every run to this file")
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"argument --steps: must be at least 1, got {arguments.steps}")
+    if arguments.seeds < 2:
+        parser.error(f"argument --seeds: a spread needs at least 2, got {arguments.seeds}")
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"argument --json: there is no folder {arguments.json.absolute().parent}")
 
     runs = {
         name: [train(optimizer, seed, arguments.steps) for seed in range(arguments.seeds)]
@@ -84,7 +90,7 @@ def main() -> None:
         table.add_column(heading, justify="left" if heading == "optimizer" else "right")
     for name, results in runs.items():
         columns = [np.array([result[key] for result in results]) for key in ("loss", "head_moved")]
-        table.add_row(name, *(f"{values.mean():.4f} ± {values.std():.4f}" for values in columns))
+        table.add_row(name, *(f"{values.mean():.4f} ± {values.std(ddof=1):.4f}" for values in columns))
     Console().print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(runs, indent=1))

@@ -197,8 +197,9 @@ def report(curves: dict[str, list[Curve]], title: str, test_images: int, console
     console.print(f"(one of the {test_images} test images is {100 / test_images:.2f} points):")
     for name in centralizations:
         difference = accuracy[name] - accuracy[alone]
+        mean = round(difference.mean(), 2) + 0.0  # no "-0.00"
         console.print(
-            f"  {name}: {difference.mean():+.2f} points; "
+            f"  {name}: {mean:+.2f} points; "
             f"higher with {np.sum(difference > 0)} of {seeds} seeds, lower with {np.sum(difference < 0)}"
         )
 
@@ -217,7 +218,9 @@ def draw(curves: dict[str, list[Curve]], title: str, output: pathlib.Path) -> No
         ):
             axes.plot(epochs, values.mean(0), color=color, label=name, marker="o", markersize=3)
             axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
-    loss_axes.set(yscale="log", xlabel="epoch", ylabel="training loss")
+    loss_axes.set(xlabel="epoch", ylabel="training loss")
+    if any(0 < value < np.inf for runs in curves.values() for c in runs for value in c.train_loss):
+        loss_axes.set_yscale("log")
     accuracy_axes.set(xlabel="epoch", ylabel="test accuracy, %")
     # The first epochs fall so far below the rest that they would flatten everything else.
     finals = [100 * accuracy for runs in curves.values() for c in runs for accuracy in c.test_accuracy[1:]]
@@ -252,6 +255,8 @@ def picture_path(text: str) -> pathlib.Path:
     formats = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix[1:] not in formats:
         raise argparse.ArgumentTypeError(f"{text} must end in one of {', '.join(formats)}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
     if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.absolute().parent}")
     return path

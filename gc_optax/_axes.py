@@ -7,6 +7,7 @@ names the leaf.
 
 import dataclasses
 import functools
+import inspect
 import math
 import operator
 import re
@@ -27,6 +28,9 @@ Path = tuple[Any, ...]
 
 _DOT = "dot_general"
 _CONV = "conv_general_dilated"
+
+# What stands between a user's code and our `init`: a chain, an optimizer, a trace.
+_LIBRARIES = ("gc_optax", "optax", "jax", "flax", "contextlib", "equinox")
 
 # The way into a box that holds one array, an NNX variable or a `Partitioned` array of Linen: no name.
 _BOX: Path = (jtu.GetAttrKey("value"),)
@@ -81,8 +85,9 @@ def out_last(params: PyTree) -> PyTree:
     scale, an embedding table and what else the frameworks call such things); leaves with a fan-in
     below 2, which the projection would zero. Some names say more than the rank does: the `query`,
     `key` and `value` kernels of an attention layer, of shape (embed, heads, head_dim), have their
-    fan-in in axis 0, and a depthwise kernel as Keras stores it, (*window, channels, multiplier), has
-    it in its window. A name it does not know, of rank 2 or more, is a weight.
+    fan-in in axis 0; a depthwise kernel as Keras stores it, (*window, channels, multiplier), has it
+    in its window; a transposed convolution as Haiku and Keras store it, (*window, out, in), has it in
+    its window and its last axis. A name it does not know, of rank 2 or more, is a weight.
 
     Given explicitly, as in `centralize(out_last)`, the convention is silent. As the default it warns
     of each kernel that it cannot settle: see `centralize`.
@@ -104,20 +109,21 @@ def out_last(params: PyTree) -> PyTree:
         ((), 'rank 1: no weight matrix')
 
     References:
-        The kernel layouts documented for `flax.linen.Dense` and `flax.linen.Conv`, which the layers of
-        Haiku and Keras share.
+        The kernel layouts documented for `flax.linen.Dense` and `flax.linen.Conv`, and for the layers
+        of those names in Haiku and Keras.
     """
-    return jtu.tree_map_with_path(functools.partial(_by_convention, _out_last_kernel), params)
+    places, structure = jtu.tree_flatten_with_path(params)
+    return jax.tree.unflatten(structure, [reading.axes for reading in _read_out_last(places)])
 
 
 def out_first(params: PyTree) -> PyTree:
     """The convention of PyTorch and Equinox: every axis but the first is fan-in.
 
-    This is the rule of the authors' code and of `optax.centralize`. On a tree without names (a list
-    of arrays, say) it equals `optax.centralize`, except that a fan-in below 2 is left alone here and
-    zeroed there. Where there are names, they are heeded as by `out_last`: a
-    bias, a scale or an embedding table is left alone, and so is the `weight` of a module whose own
-    name says that it is a normalization or an embedding.
+    This is the rule of the authors' code and of `optax.centralize`. On a tree of float32 or float64
+    arrays without names (a list, say) it equals `optax.centralize`, except that a fan-in below 2 is
+    left alone here and zeroed there. Where there are names, they are heeded as by `out_last`: a bias,
+    a scale or an embedding table is left alone, and so is the `weight` of a module whose own name
+    says that it is a normalization or an embedding.
 
     Args:
         params: the parameters, as for `out_last`.
@@ -134,7 +140,7 @@ def out_first(params: PyTree) -> PyTree:
     References:
         The authors' code, https://github.com/Yonghongwei/Gradient-Centralization
     """
-    return jtu.tree_map_with_path(functools.partial(_by_convention, _out_first_kernel), params)
+    return jtu.tree_map_with_path(lambda path, leaf: _read(_out_first_kernel, path, leaf).axes, params)
 
 
 def conv_only(axes: Axes) -> Axes:
@@ -187,19 +193,22 @@ def settle(params: PyTree, axes: Axes, mask: Mask) -> list[WeightAxes]:
     absent there is an entry too, whatever `axes` and `mask` have in its place.
     """
     axes_tree = out_last(params) if axes is None else _resolve(axes, params)
-    mask_tree = True if mask is None else _resolve(mask, params)
     given = _match("axes", axes_tree, params, prefix=False)
-    kept = _match("mask", mask_tree, params, prefix=True)
+    if mask is None:
+        return [_settle_leaf(*place, keep=True) for place in given]
+    kept = _match("mask", _resolve(mask, params), params, prefix=True)
     return [_settle_leaf(*place, keep) for place, (_, _, keep) in zip(given, kept, strict=True)]
 
 
 def warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes]) -> None:
     """Warns, once for all of them, of the centralized kernels that `out_last` can only guess at."""
-    places, _ = jtu.tree_flatten_with_path(params, is_leaf=is_absent)
+    places, _ = jtu.tree_flatten_with_path(params)
+    absent = map(is_absent, jax.tree.leaves(params, is_leaf=is_absent))
+    present = [axes for axes, left_out in zip(settled, absent, strict=True) if not left_out]
     doubtful = [
         f"  {_place(path, leaf)}: mean over axes {axes.fan_in}"
-        for (path, leaf), axes in zip(places, settled, strict=True)
-        if axes.fan_in and not _out_last_kernel(_name(path), leaf.shape).settled
+        for (path, leaf), axes, reading in zip(places, present, _read_out_last(places), strict=True)
+        if axes.fan_in and not reading.settled
     ]
     if doubtful:
         warnings.warn(
@@ -207,20 +216,30 @@ def warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes]) -> None
             "is fan-in). These kernels have more than one reading: a convolution, a fused projection, a "
             "stack of layers. The reading taken is\n" + "\n".join(doubtful) + "\n"
             "Settle it exactly with centralize(gc_optax.infer_axes(loss, params, batch)), which reads the "
-            "axes off the model, or accept this reading silently with centralize(gc_optax.out_last).",
+            "axes off the model, or with a tree of axes of your own; or accept this reading silently with "
+            "centralize(gc_optax.out_last).",
             UserWarning,
-            stacklevel=3,
+            stacklevel=_stacklevel_of_the_user(),
         )
+
+
+def _stacklevel_of_the_user() -> int:
+    """How far up the stack the code is that called into a library with our transformation in it."""
+    level, frame = 0, inspect.currentframe()
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 # From a leaf's name and shape to its axes.
 
 
 class _Name(NamedTuple):
-    """The words of a leaf's own name, and of the module that the leaf is the weight of."""
+    """The words of a leaf's own name and of the module that it is the weight of, and what that is in."""
 
     leaf: list[str]
     module: list[str]
+    parent: tuple[str, ...]
 
 
 class _Reading(NamedTuple):
@@ -233,14 +252,17 @@ class _Reading(NamedTuple):
 # The last word of a leaf's name that one of these knows decides: "kernel_scale" is a scale, and
 # "embed_kernel" is a kernel. Frameworks glue words together ("posemb"), so some match an ending.
 _WEIGHT = re.compile(r"kernels?|weights?|w")
-_EMBEDDING = re.compile(r".*emb(ed(ding)?)?s?|wte|wpe")
 _NO_WEIGHT_MATRIX = {
     re.compile(r".*bias(es)?|offset|shift|beta"): "named as a bias",
-    re.compile(r".*scales?|gamma|alpha|slope"): "named as a scale",
-    _EMBEDDING: "named as an embedding, a lookup table",
+    re.compile(r".*scales?|gamma|alpha|slope|gain"): "named as a scale",
+    re.compile(r".*emb(ed(ding)?)?s?|codebooks?"): "named as an embedding, a lookup table",
+    re.compile(r"tokens?"): "named as a token, a learned input",
     re.compile(r"mean|var(iance)?|std(dev)?"): "named as a statistic",
 }
-_NORMALIZATION = re.compile(r".*norm(alization)?|[bgl]n")
+# The names of modules that call their array "weight", their words joined by underscores.
+_NORMALIZATION_MODULE = re.compile(r".*norm(alization)?|(.*_)?[bgl]n(_f)?")
+_EMBEDDING_MODULE = re.compile(r".*emb(ed(ding)?)?s?(_tokens|_positions)?|wte|wpe")
+_ATTENTION_MODULES = {"query", "key", "value", "out", "attention_output"}
 
 
 def _words(name: str) -> list[str]:
@@ -255,12 +277,14 @@ def _name(path: Path) -> _Name:
         keys.pop()
     names = [key.name if isinstance(key, jtu.GetAttrKey) else getattr(key, "key", None) for key in keys]
     # Haiku's modules and flattened trees join names with a slash, PyTorch's with a dot.
-    parts = [_words(part) for name in names if isinstance(name, str) for part in re.split(r"[/.]", name)]
-    parts = [words for words in parts if words]
-    leaf = parts[-1] if parts else []
-    is_plain_weight = bool(leaf) and _WEIGHT.fullmatch(leaf[-1]) is not None
-    module = parts[-2] if is_plain_weight and len(parts) > 1 else leaf
-    return _Name(leaf, module)
+    parts = [part for name in names for part in re.split(r"[/.]", name if isinstance(name, str) else "")]
+    # An index says which of several arrays of one name it is.
+    while parts and not _words(parts[-1]):
+        parts.pop()
+    leaf = _words(parts[-1]) if parts else []
+    if leaf and _WEIGHT.fullmatch(leaf[-1]) and len(parts) > 1:
+        return _Name(leaf, _words(parts[-2]), tuple(parts[:-2]))
+    return _Name(leaf, leaf, tuple(parts[:-1]))
 
 
 def _no_weight_matrix(name: _Name, rank: int) -> str:
@@ -274,53 +298,90 @@ def _no_weight_matrix(name: _Name, rank: int) -> str:
             if pattern.fullmatch(word):
                 return why
     # PyTorch and Equinox call the array of any module "weight", so the module's name must tell.
-    if name.leaf == ["weight"] and name.module != name.leaf:
-        if any(map(_NORMALIZATION.fullmatch, name.module)):
+    if name.leaf == ["weight"]:
+        module = "_".join(name.module)
+        if _NORMALIZATION_MODULE.fullmatch(module):
             return "named as the weight of a normalization"
         # At a higher rank it is a patch embedding, which is a convolution.
-        if rank == 2 and any(map(_EMBEDDING.fullmatch, name.module)):
-            return _NO_WEIGHT_MATRIX[_EMBEDDING]
+        if rank == 2 and _EMBEDDING_MODULE.fullmatch(module):
+            return "named as an embedding, a lookup table"
     return ""
 
 
-def _by_convention(read: Callable[[_Name, tuple[int, ...]], _Reading], path: Path, leaf: Any) -> WeightAxes:
+def _read(rule: Callable[[_Name, tuple[int, ...]], _Reading], path: Path, leaf: Any) -> _Reading:
+    """What a convention, by its `rule` for kernels, makes of any leaf."""
     if not _is_inexact(leaf):
-        return _left_alone(f"no array of floats: {_describe(leaf)}")
+        return _Reading(_left_alone(f"no array of floats: {_describe(leaf)}"), settled=True)
     if len(leaf.shape) < 2:
-        return _left_alone(f"rank {len(leaf.shape)}: no weight matrix")
+        return _Reading(_left_alone(f"rank {len(leaf.shape)}: no weight matrix"), settled=True)
     name = _name(path)
     why_not = _no_weight_matrix(name, len(leaf.shape))
     if why_not:
-        return _left_alone(why_not)
-    return _without_trivial_fan_in(read(name, leaf.shape).axes, leaf.shape)
+        return _Reading(_left_alone(why_not), settled=True)
+    reading = rule(name, leaf.shape)
+    return reading._replace(axes=_without_trivial_fan_in(reading.axes, leaf.shape))
 
 
-def _out_last_kernel(name: _Name, shape: tuple[int, ...]) -> _Reading:
+def _read_out_last(places: list[tuple[Path, Any]]) -> list[_Reading]:
+    attention = _attention_layers(places)
+    rule = functools.partial(_out_last_kernel, attention)
+    return [_read(rule, path, leaf) for path, leaf in places]
+
+
+def _attention_layers(places: list[tuple[Path, Any]]) -> set[tuple[str, ...]]:
+    """The parents whose modules query, key, value and out fit together as the parts of one attention.
+
+    The names alone do not tell: a critic's head is called "value" too, and in a stack of layers of
+    shape (layers, in, out) "query" may be a plain dense layer.
+    """
+    parts: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
+    for path, leaf in places:
+        name = _name(path)
+        if "_".join(name.module) in _ATTENTION_MODULES and _is_inexact(leaf) and len(leaf.shape) >= 3:
+            parts.setdefault(name.parent, {})[name.module[-1].replace("output", "out")] = leaf.shape
+    return {parent for parent, shapes in parts.items() if _fit_together(shapes)}
+
+
+def _fit_together(shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether `out` undoes what `query`, `key` and `value` do: (embed, heads, dim), (heads, dim, embed)."""
+    if shapes.keys() != {"query", "key", "value", "out"} or len({*map(len, shapes.values())}) > 1:
+        return False
+    return shapes["out"][-3:-1] == (shapes["query"][-2], shapes["value"][-1])
+
+
+def _out_last_kernel(attention: set[tuple[str, ...]], name: _Name, shape: tuple[int, ...]) -> _Reading:
     rank = len(shape)
     every = tuple(range(rank))
-    if rank >= 3 and name.module in (["query"], ["key"], ["value"]):
-        # At rank 3 this is (embed, heads, head_dim). What is in front of it can only be a stack.
-        axes = WeightAxes(every[-3:-2], every[-2:], _DOT, "named as an attention projection into heads")
-        return _Reading(axes, settled=rank == 3)
-    if rank >= 3 and name.module in (["out"], ["attention", "output"]):
-        axes = WeightAxes(every[:-1], every[-1:], _DOT, "named as an attention projection out of heads")
-        return _Reading(axes, settled=rank == 3)
-    if rank >= 3 and "depthwise" in name.leaf + name.module and shape[-2] > 1:
+    words = {*name.leaf, *name.module}
+    in_attention = name.parent in attention
+    is_named_for_attention = "_".join(name.module) in _ATTENTION_MODULES
+    if is_named_for_attention and (rank == 3 or in_attention):
+        # What is in front of the last three axes is a stack of attention layers.
+        fan_in = every[-3:-1] if name.module[-1] in ("out", "output") else every[-3:-2]
+        fan_out = tuple(axis for axis in every[-3:] if axis not in fan_in)
+        axes = WeightAxes(fan_in, fan_out, _DOT, "out_last: named as a projection of an attention layer")
+        return _Reading(axes, settled=rank == 3 and in_attention)
+    if rank >= 3 and words & {"depthwise", "dw", "dwconv"} and shape[-2] > 1:
         # Flax and Haiku keep depthwise kernels as (*window, 1, channels): this can only be Keras.
-        axes = WeightAxes(every[:-2], every[-1:], _CONV, "named as a depthwise kernel: the window")
+        axes = WeightAxes(every[:-2], every[-1:], _CONV, "out_last: named as a depthwise kernel, the window")
         return _Reading(axes, settled=True)
+    if rank >= 3 and words & {"transpose", "transposed"} and (name.leaf == ["w"] or words & {"d", "D"}):
+        # Haiku's conv2_d_transpose and Keras's conv2d_transpose. Flax has no "2d", nor one layout.
+        fan_in = (*every[:-2], rank - 1)
+        axes = WeightAxes(fan_in, every[-2:-1], _CONV, "out_last: named as a transposed convolution")
+        return _Reading(axes, settled=name.leaf == ["w"])
     axes = WeightAxes(every[:-1], every[-1:], _op(name, rank), "out_last: every axis but the last")
-    # Transposed convolutions come as (*window, in, out) and as (*window, out, in), unshared ones
-    # have a weight of their own at each position.
-    doubtful_name = not {"transpose", "transposed", "local"}.isdisjoint(name.module)
-    return _Reading(axes, settled=rank in (2, 4) and not doubtful_name)
+    # Flax keeps transposed convolutions as (*window, in, out) or as (*window, out, in), unshared ones
+    # with a weight of their own at each position, and scanned attention may have lost its siblings.
+    has_doubtful_name = bool(words & {"transpose", "transposed", "local", "query", "key", "value"})
+    return _Reading(axes, settled=rank == 2 or (rank == 4 and not has_doubtful_name))
 
 
 def _out_first_kernel(name: _Name, shape: tuple[int, ...]) -> _Reading:
     rank = len(shape)
     every = tuple(range(rank))
     axes = WeightAxes(every[1:], every[:1], _op(name, rank), "out_first: every axis but the first")
-    return _Reading(axes, settled=rank in (2, 4))
+    return _Reading(axes, settled=True)  # nobody gets it who did not ask for it
 
 
 def _op(name: _Name, rank: int) -> str:
@@ -414,11 +475,11 @@ def _as_weight_axes(given: Any, place: str) -> WeightAxes:
     if isinstance(given, optax.contrib.MuonDimensionNumbers):
         fan_in = _axis_tuple(given.reduction_axis, place)
         return WeightAxes(fan_in, _axis_tuple(given.output_axis, place), why="MuonDimensionNumbers")
-    if _is_axis(given) or isinstance(given, tuple):
+    if _is_axis(given) or type(given) is tuple:  # a NamedTuple is something else
         return WeightAxes(_axis_tuple(given, place), why="given by axes")
     raise TypeError(
         f"axes for {place} must be a WeightAxes, an int, a tuple of ints, a MuonDimensionNumbers or None, "
-        f"got {given!r}" + ("; a tree of bools is a mask" if isinstance(given, bool) else "")
+        f"got {_describe(given)}" + ("; a tree of bools is a mask" if isinstance(given, bool) else "")
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 import jax
 import optax
 
-from ._axes import Axes, Mask, PyTree, is_absent, settle, warn_of_unsettled_kernels
+from ._axes import Axes, Mask, PyTree, WeightAxes, is_absent, settle, warn_of_unsettled_kernels
 from ._mean import subtract_mean
 
 Where = Literal["gradients", "updates"]
@@ -25,16 +25,18 @@ def centralize(axes: Axes = None, *, mask: Mask = None) -> optax.GradientTransfo
 
     Integer, bool, `float0` and empty leaves, leaves with a fan-in below 2, `None` and
     `optax.MaskedNode` pass through as they are. Below float32, the mean is taken and subtracted in
-    float32 and the difference rounded once.
+    float32 and the difference rounded once. Under `jit`, sharded gradients give what unsharded ones
+    give; inside `shard_map` the mean is that of the local shard.
 
     Args:
         axes: which axes are the inputs of a weight vector. A tree with the structure of the
             parameters, or a function from the parameters to such a tree. A leaf is a `WeightAxes`, an
             int, a tuple of ints, an `optax.contrib.MuonDimensionNumbers` (whose `reduction_axis`
             counts), or `None` for "leave this one alone"; negative axes count from the end. By
-            default the convention `out_last`, with one warning that names the kernels that a
-            convention cannot settle: those of rank 3 and of rank 5 and more, and transposed
-            convolutions. `axes=out_last` takes the convention silently.
+            default the convention `out_last`, with one warning from `init` that names the kernels
+            that it cannot settle: those of rank 3 and of rank 5 and more, but for attention layers
+            whose kernels fit together, and those whose module's name says that they are transposed
+            or local. `axes=out_last` takes the convention silently.
         mask: optax's mask: a tree of bools with the structure of the parameters or of a prefix of
             it, or a function from the parameters to such a tree. A leaf is centralized where it is
             true. By default it is true everywhere.
@@ -82,7 +84,7 @@ def centralize(axes: Axes = None, *, mask: Mask = None) -> optax.GradientTransfo
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        return _project(updates, axes, mask), state
+        return _project(updates, settle(updates, axes, mask)), state
 
     return optax.GradientTransformation(init, update)
 
@@ -112,9 +114,10 @@ def centralize_gradients(gradients: PyTree, axes: Axes = None, *, mask: Mask = N
     References:
         Yong et al., ECCV 2020, https://arxiv.org/abs/2004.01461
     """
+    settled = settle(gradients, axes, mask)
     if axes is None:
-        warn_of_unsettled_kernels(gradients, settle(gradients, axes, mask))
-    return _project(gradients, axes, mask)
+        warn_of_unsettled_kernels(gradients, settled)
+    return _project(gradients, settled)
 
 
 def centralized(
@@ -190,9 +193,8 @@ def centralized(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _project(updates: PyTree, axes: Axes, mask: Mask) -> PyTree:
+def _project(updates: PyTree, settled: list[WeightAxes]) -> PyTree:
     leaves, structure = jax.tree.flatten(updates, is_leaf=is_absent)
-    settled = settle(updates, axes, mask)
     projected = [
         subtract_mean(leaf, weight.fan_in) if weight.fan_in else leaf
         for leaf, weight in zip(leaves, settled, strict=True)

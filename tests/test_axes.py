@@ -1,5 +1,6 @@
 """What the conventions read off names and shapes, and what becomes of what a user gives."""
 
+import collections
 import re
 import warnings
 
@@ -69,16 +70,69 @@ def test_weight_axes_refuse_what_is_no_tuple_of_ints(bad):
         ("out/kernel", (4, 16, 64), (0, 1), (2,)),
         ("attention_output/kernel", (4, 16, 64), (0, 1), (2,)),
         ("query/kernel", (64, 64), (0,), (1,)),
-        ("query/kernel", (12, 64, 4, 16), (1,), (2, 3)),
+        ("query/kernel", (1, 1, 64, 16), (0, 1, 2), (3,)),
+        ("out/kernel", (3, 3, 64, 16), (0, 1, 2), (3,)),
         ("depthwise_kernel", (3, 3, 16, 2), (0, 1), (3,)),
         ("depthwise_conv2d/kernel", (3, 3, 16, 2), (0, 1), (3,)),
         ("depthwise/kernel", (3, 3, 1, 16), (0, 1, 2), (3,)),
+        ("conv_dw_1/kernel", (3, 3, 16, 1), (0, 1), (3,)),
+        ("block1a_dwconv/kernel", (3, 3, 16, 1), (0, 1), (3,)),
+        ("conv2_d_transpose/w", (3, 3, 32, 16), (0, 1, 3), (2,)),
+        ("conv2d_transpose/kernel", (3, 3, 32, 16), (0, 1, 3), (2,)),
+        ("Conv2DTranspose/kernel", (3, 3, 32, 16), (0, 1, 3), (2,)),
+        ("ConvTranspose_0/kernel", (3, 3, 16, 32), (0, 1, 2), (3,)),
+        ("kernel", (2, 3, 3, 3, 16, 32), (0, 1, 2, 3, 4), (5,)),
         ("pointwise_kernel", (1, 1, 16, 32), (0, 1, 2), (3,)),
     ],
 )
 def test_out_last_reads_a_kernel(name, shape, expected_fan_in, expected_fan_out):
     axes = only(out_last({name: leaf(*shape)}))
     assert (axes.fan_in, axes.fan_out) == (expected_fan_in, expected_fan_out)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected_fan_in", "expected_fan_out"),
+    [
+        ("weight", (10, 64), (1,), (0,)),
+        ("conv/weight", (32, 16, 3, 3), (1, 2, 3), (0,)),
+        ("weight", (12, 10, 64), (1, 2), (0,)),
+    ],
+)
+def test_out_first_reads_a_kernel(name, shape, expected_fan_in, expected_fan_out):
+    axes = only(out_first({name: leaf(*shape)}))
+    assert (axes.fan_in, axes.fan_out) == (expected_fan_in, expected_fan_out)
+
+
+ATTENTION = {
+    "query": {"kernel": leaf(64, 4, 16), "bias": leaf(4, 16)},
+    "key": {"kernel": leaf(64, 4, 16), "bias": leaf(4, 16)},
+    "value": {"kernel": leaf(64, 4, 16), "bias": leaf(4, 16)},
+    "out": {"kernel": leaf(4, 16, 64), "bias": leaf(64)},
+}
+
+
+def stacked(params, layers=12):
+    return jax.tree.map(lambda p: leaf(layers, *p.shape), params)
+
+
+def test_a_stack_of_attention_layers_is_known_by_how_its_kernels_fit():
+    read = out_last({"layers": stacked(ATTENTION)})["layers"]
+    for projection in ("query", "key", "value"):
+        assert read[projection]["kernel"].fan_in == (1,)
+        assert read[projection]["kernel"].fan_out == (2, 3)
+        assert read[projection]["bias"].fan_in == ()
+    assert (read["out"]["kernel"].fan_in, read["out"]["kernel"].fan_out) == ((1, 2), (3,))
+
+
+def test_convolutions_named_as_attention_are_convolutions():
+    kernels = {
+        "query": leaf(1, 1, 16, 4),
+        "key": leaf(1, 1, 16, 4),
+        "value": leaf(1, 1, 16, 8),
+        "out": leaf(1, 1, 8, 16),
+    }
+    for axes in conv_only(out_last)({name: {"kernel": kernel} for name, kernel in kernels.items()}).values():
+        assert axes["kernel"].fan_in == (0, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +152,12 @@ def test_out_last_reads_a_kernel(name, shape, expected_fan_in, expected_fan_out)
         "kernel_scale",
         "Dense_0/kernel/scale",
         "gamma",
+        "gain",
+        "shift",
+        "codebook",
+        "register_tokens",
+        "std",
+        "stddev",
         "negative_slope",
         "alpha",
         "embedding",
@@ -110,7 +170,7 @@ def test_out_last_reads_a_kernel(name, shape, expected_fan_in, expected_fan_out)
         "moving_variance",
         "var",
         "encoder/~/layer_norm/scale",
-        "encoder.layer_norm.bias",
+        "encoder.attention.bias",
     ],
 )
 @pytest.mark.parametrize("convention", [out_last, out_first])
@@ -133,10 +193,23 @@ def test_every_other_name_is_a_weight(name):
     [
         ("norm1", "normalization"),
         ("ln_2", "normalization"),
+        ("ln_f", "normalization"),
+        ("bn1", "normalization"),
+        ("gn", "normalization"),
         ("BatchNorm", "normalization"),
+        ("layer_normalization", "normalization"),
+        ("encoder.norm1", "normalization"),
+        ("adaLN_modulation.1", None),
+        ("adaLN_modulation", None),
+        ("norm_proj", None),
         ("embedding", "lookup"),
         ("embed_tokens", "lookup"),
         ("wte", "lookup"),
+        ("wpe", "lookup"),
+        ("transformer.wpe", "lookup"),
+        ("embed_out", None),
+        ("time_embed.0", None),
+        ("embedding_hidden_mapping_in", None),
         ("query_proj", None),
         ("design", None),
     ],
@@ -148,6 +221,11 @@ def test_a_module_that_calls_its_array_weight_is_known_by_its_own_name(module, w
     else:
         assert axes.fan_in == ()
         assert why in axes.why
+
+
+def test_only_the_array_called_weight_is_known_by_its_module():
+    assert only(out_last({"patch_embed": {"kernel": leaf(12, 64)}})).fan_in == (0,)
+    assert only(out_last({"norm": {"w_h": leaf(12, 64)}})).fan_in == (0,)
 
 
 def test_an_embedding_module_of_higher_rank_is_a_patch_embedding():
@@ -208,8 +286,10 @@ def test_the_default_is_right_or_warns_in_every_row_of_the_table_in_the_readme()
         "Dense_0/kernel": ((8, 16), (0,)),
         "Conv_0/kernel": ((3, 3, 8, 16), (0, 1, 2)),
         "ConvTranspose_0/kernel": ((3, 3, 16, 8), (0, 1, 3)),
-        "query/kernel": ((8, 2, 4), (0,)),
-        "out/kernel": ((2, 4, 8), (0, 1)),
+        "attention/query/kernel": ((8, 2, 4), (0,)),
+        "attention/key/kernel": ((8, 2, 4), (0,)),
+        "attention/value/kernel": ((8, 2, 4), (0,)),
+        "attention/out/kernel": ((2, 4, 8), (0, 1)),
         "scanned/Dense_0/kernel": ((12, 8, 16), (1,)),
         "scanned/LayerNorm_0/scale": ((12, 8), ()),
         "experts/kernel": ((4, 8, 16), (1,)),
@@ -233,10 +313,11 @@ def test_the_default_is_right_or_warns_in_every_row_of_the_table_in_the_readme()
         ("Conv_0/kernel", (3, 8, 16), True),
         ("conv1d/kernel", (3, 8, 16), True),
         ("convolution/kernel", (3, 8, 16), True),
+        ("unnamed/kernel", (3, 3, 8, 16), True),
         ("kernel", (3, 3, 3, 8, 16), True),
         ("Dense_0/kernel", (8, 16), False),
         ("Dense_0/kernel", (4, 8, 16), False),
-        ("query/kernel", (12, 64, 4, 16), False),
+        ("query/kernel", (64, 4, 16), False),
     ],
 )
 def test_conv_only_keeps_convolutions_of_a_convention(path, shape, kept):
@@ -245,6 +326,16 @@ def test_conv_only_keeps_convolutions_of_a_convention(path, shape, kept):
     for read in (conv_only(out_last)(params), conv_only(out_last(params))):
         assert bool(only(read).fan_in) == kept
         assert kept or only(read).why == "no convolution"
+
+
+def test_conv_only_keeps_convolutions_in_the_layout_of_pytorch():
+    params = {
+        "conv": {"weight": leaf(16, 8, 3)},
+        "other": {"weight": leaf(16, 8, 3, 3)},
+        "head": {"weight": leaf(10, 16)},
+    }
+    read = fan_in(conv_only(out_first)(params))
+    assert read == {"conv": {"weight": (1, 2)}, "other": {"weight": (1, 2, 3)}, "head": {"weight": ()}}
 
 
 def test_conv_only_keeps_the_reason_of_what_was_left_alone_before():
@@ -322,7 +413,11 @@ def test_a_callable_module_of_axes_is_a_tree_and_not_a_function():
         (("1",), TypeError, "['stack'], shape (2, 3, 4) must be ints, got ('1',)"),
         ((True,), TypeError, "must be ints, got (True,)"),
         (1.0, TypeError, "got 1.0"),
-        ([0], TypeError, "got [0]"),
+        ([0], TypeError, "got a list with [0]"),
+        (optax.EmptyState(), TypeError, "got a EmptyState with nothing"),
+        (optax.MaskedNode(), TypeError, "got MaskedNode()"),
+        (collections.namedtuple("Pair", "first second")(0, 1), TypeError, "got a Pair with .first, .second"),
+        (jnp.ones(3), TypeError, "got an array of dtype float32 and shape (3,)"),
         (True, TypeError, "got True; a tree of bools is a mask"),
         (optax.contrib.MuonDimensionNumbers("0", 1), TypeError, "must be ints, got '0'"),
     ],
@@ -427,6 +522,13 @@ def test_the_reason_says_who_left_a_parameter_alone():
     assert whys == ["left alone by axes", "given by axes", "masked out"]
 
 
+def test_settled_axes_are_not_negative_and_keep_their_use_when_masked_out():
+    axes = WeightAxes((-2,), (-1,), "dot_general")
+    kept, masked = (settle(leaf(2, 3, 4), axes, mask)[0] for mask in (True, False))
+    assert (kept.fan_in, kept.fan_out, kept.op) == ((1,), (2,), "dot_general")
+    assert (masked.fan_in, masked.op) == ((), "dot_general")
+
+
 # The warning
 
 
@@ -440,38 +542,81 @@ def warnings_of(params, *args, **kwargs):
 DOUBTFUL = {
     "stacked": {"kernel": leaf(4, 8, 16), "bias": leaf(4, 16)},
     "fused": {"kernel": leaf(8, 3, 4, 4, 2)},
+    "six": {"kernel": leaf(2, 8, 3, 4, 4, 2)},
     "ConvTranspose_0": {"kernel": leaf(3, 3, 8, 16)},
+    "transposed": {"kernel": leaf(3, 3, 8, 16)},
     "ConvLocal_0": {"kernel": leaf(5, 5, 8, 16)},
-    "query": {"kernel": leaf(12, 64, 4, 16)},
-    "out": {"kernel": leaf(12, 4, 16, 64)},
+    "ensemble": {"value": {"kernel": leaf(10, 32, 2)}},
+    "scanned_attention": stacked(ATTENTION),
+    "scanned_dense": {name: {"kernel": leaf(3, 8, 8)} for name in ATTENTION},
+    "self_attention_gan": {"query": {"kernel": leaf(1, 1, 16, 4)}},
 }
 SETTLED = {
     "Dense_0": {"kernel": leaf(8, 16), "bias": leaf(16)},
     "Conv_0": {"kernel": leaf(3, 3, 8, 16)},
-    "query": {"kernel": leaf(64, 4, 16)},
-    "attention": {"out": {"kernel": leaf(4, 16, 64)}},
+    "attention": ATTENTION,
+    "grouped_query": {
+        "query": {"kernel": leaf(64, 8, 16)},
+        "key": {"kernel": leaf(64, 2, 16)},
+        "value": {"kernel": leaf(64, 2, 12)},
+        "attention_output": {"kernel": leaf(8, 12, 64)},
+    },
+    "dense_attention": {name: {"kernel": leaf(8, 8)} for name in ATTENTION},
+    "unet": {"out": {"kernel": leaf(3, 3, 8, 2)}},
     "pos_embedding": leaf(1, 10, 8),
     "separable": {"depthwise_kernel": leaf(3, 3, 8, 2)},
+    "conv2_d_transpose": {"w": leaf(3, 3, 8, 16)},
 }
 
 
 def test_the_default_warns_once_and_names_each_kernel_that_a_convention_cannot_settle():
     (message,) = warnings_of(DOUBTFUL | {"settled": SETTLED})
-    named = re.findall(r"^  (.*), shape (.*): mean over axes (.*)$", message, re.MULTILINE)
+    named = re.findall(r"^  (.*)\['kernel'\], shape (.*): mean over axes (.*)$", message, re.MULTILINE)
     assert named == [
-        ("['ConvLocal_0']['kernel']", "(5, 5, 8, 16)", "(0, 1, 2)"),
-        ("['ConvTranspose_0']['kernel']", "(3, 3, 8, 16)", "(0, 1, 2)"),
-        ("['fused']['kernel']", "(8, 3, 4, 4, 2)", "(0, 1, 2, 3)"),
-        ("['out']['kernel']", "(12, 4, 16, 64)", "(0, 1, 2)"),
-        ("['query']['kernel']", "(12, 64, 4, 16)", "(1,)"),
-        ("['stacked']['kernel']", "(4, 8, 16)", "(0, 1)"),
+        ("['ConvLocal_0']", "(5, 5, 8, 16)", "(0, 1, 2)"),
+        ("['ConvTranspose_0']", "(3, 3, 8, 16)", "(0, 1, 2)"),
+        ("['ensemble']['value']", "(10, 32, 2)", "(0,)"),
+        ("['fused']", "(8, 3, 4, 4, 2)", "(0, 1, 2, 3)"),
+        ("['scanned_attention']['key']", "(12, 64, 4, 16)", "(1,)"),
+        ("['scanned_attention']['out']", "(12, 4, 16, 64)", "(1, 2)"),
+        ("['scanned_attention']['query']", "(12, 64, 4, 16)", "(1,)"),
+        ("['scanned_attention']['value']", "(12, 64, 4, 16)", "(1,)"),
+        ("['scanned_dense']['key']", "(3, 8, 8)", "(0,)"),
+        ("['scanned_dense']['out']", "(3, 8, 8)", "(0, 1)"),
+        ("['scanned_dense']['query']", "(3, 8, 8)", "(0,)"),
+        ("['scanned_dense']['value']", "(3, 8, 8)", "(0,)"),
+        ("['self_attention_gan']['query']", "(1, 1, 16, 4)", "(0, 1, 2)"),
+        ("['six']", "(2, 8, 3, 4, 4, 2)", "(0, 1, 2, 3, 4)"),
+        ("['stacked']", "(4, 8, 16)", "(0, 1)"),
+        ("['transposed']", "(3, 3, 8, 16)", "(0, 1, 2)"),
     ]
     assert "centralize(gc_optax.infer_axes(loss, params, batch))" in message
+    assert "a tree of axes of your own" in message
     assert "centralize(gc_optax.out_last)" in message
 
 
 def test_the_default_is_silent_where_every_kernel_is_settled():
     assert warnings_of(SETTLED) == []
+
+
+def test_absent_parameters_do_not_confuse_the_warning():
+    params = {"first": None, "second": leaf(2, 3, 4), "third": optax.MaskedNode(), "zeroth": leaf(3, 4)}
+    (message,) = warnings_of(params)
+    assert re.findall(r"^  (.*), shape", message, re.MULTILINE) == ["['second']"]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        gc_optax.centralize(),
+        gc_optax.centralized(optax.sgd(0.1)),
+        optax.chain(optax.masked(gc_optax.centralize(), True), optax.sgd(0.1)),
+    ],
+)
+def test_the_warning_points_at_the_line_that_initializes(optimizer):
+    with pytest.warns(UserWarning, match="more than one reading") as caught:
+        optimizer.init({"kernel": leaf(2, 3, 4)})
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 @pytest.mark.parametrize("axes", [out_last, out_first, conv_only(out_last), out_last(DOUBTFUL)])

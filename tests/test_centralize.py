@@ -138,6 +138,16 @@ def test_out_first_is_optax_centralize_where_the_tree_has_no_names(shapes, seed)
             np.testing.assert_array_equal(our, their)
 
 
+def test_out_first_differs_from_optax_where_optax_rounds_twice_or_makes_floats_of_integers():
+    gradients = [normal(0, 64, 100, dtype=jnp.bfloat16) + 3, jnp.arange(6).reshape(2, 3)]
+    half, integer = update(centralize(out_first), gradients)
+    their_half, their_integer = update(optax.centralize(), gradients)
+    exact = oracle.centralize(gradients[0], (1,))
+    assert np.mean(abs(np.float64(half) - exact)) < np.mean(abs(np.float64(their_half) - exact))
+    assert integer is gradients[1]
+    assert their_integer.dtype == jnp.float32
+
+
 # Masks, and the masks of optax around it
 
 
@@ -414,6 +424,12 @@ def test_centralized_takes_over_the_state_of_the_optimizer_and_gives_it_back(whe
     _, state = optimizer.update(GRADIENTS, state, PARAMS)
     _, state = plain.update(GRADIENTS, state, PARAMS)
     assert state[0].count == 3
+
+
+@pytest.mark.parametrize("where", ["gradients", "updates"])
+def test_centralized_warns_by_default_as_centralize_does(where):
+    with pytest.warns(UserWarning, match=re.escape("['experts'], shape (2, 3, 4)")):
+        centralized(optax.sgd(0.1), where=where).init({"experts": normal(0, 2, 3, 4)})
 
 
 @pytest.mark.parametrize("where", ["gradients", "updates"])

@@ -38,6 +38,13 @@ def test_quickstart_trains_prints_a_table_and_saves_a_picture(optimizer, monkeyp
     assert struct.unpack(">II", header[16:24]) > (1000, 400)
 
 
+def test_quickstart_reports_runs_that_diverge(monkeypatch, capsys, tmp_path):
+    arguments = ["--optimizer", "sgd", "--learning-rate", 1e30, "--epochs", 1, "--seeds", 1]
+    run(monkeypatch, QUICKSTART, *arguments, "--output", tmp_path / "curves.png")
+    assert len(re.findall(r"│ +(?:nan|inf) │", capsys.readouterr().out)) == 3
+    assert (tmp_path / "curves.png").exists()
+
+
 def test_quickstart_reports_what_it_is_given(capsys):
     quickstart = runpy.run_path(str(QUICKSTART))
     curve = quickstart["Curve"]
@@ -77,10 +84,31 @@ def test_quickstart_refuses_bad_arguments_before_it_trains(arguments, message, m
     assert message in capsys.readouterr().err
 
 
+def test_quickstart_refuses_a_folder_for_the_picture(monkeypatch, capsys, tmp_path):
+    (tmp_path / "curves.png").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, QUICKSTART, "--output", tmp_path / "curves.png")
+    assert "curves.png is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "1"], "argument --seeds: a spread needs at least 2, got 1"),
+        (["--steps", "0"], "argument --steps: must be at least 1, got 0"),
+        (["--json", "no/such/folder/runs.json"], "argument --json: there is no folder"),
+    ],
+)
+def test_frozen_head_refuses_bad_arguments_before_it_trains(arguments, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, FROZEN_HEAD, *arguments)
+    assert message in capsys.readouterr().err
+
+
 def test_frozen_head_shows_a_head_that_only_optax_freezes(monkeypatch, capsys, tmp_path):
-    run(monkeypatch, FROZEN_HEAD, "--steps", 20, "--seeds", 1, "--json", tmp_path / "runs.json")
+    run(monkeypatch, FROZEN_HEAD, "--steps", 20, "--seeds", 2, "--json", tmp_path / "runs.json")
     moved = dict(re.findall(r"│ (\S.*?) +│ .* │ +([\d.]+) ± [\d.]+ │", capsys.readouterr().out))
     assert moved.pop("optax.centralize + adam") == "0.0000"
     assert list(moved) == ["adam", "gc_optax.centralize + adam"]
     assert all(float(distance) > 0.1 for distance in moved.values())
-    assert (tmp_path / "runs.json").read_text().count("head_moved") == 3
+    assert (tmp_path / "runs.json").read_text().count("head_moved") == 6

@@ -105,6 +105,21 @@ def test_out_last_leaves_the_vectors_of_scanned_linen_layers_alone():
         centralize().init(params)
 
 
+def test_the_default_is_silent_on_linen_and_warns_of_an_ensemble():
+    centralize().init(linen_params())
+    critics = nn.vmap(
+        nn.Dense,
+        in_axes=None,
+        out_axes=0,
+        axis_size=10,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+    )
+    params = critics(1, name="value").init(jax.random.key(0), jnp.ones((2, 32)))
+    with pytest.warns(UserWarning, match=r"shape \(10, 32, 1\)"):
+        centralize().init({"value": params["params"]})
+
+
 def test_a_partitioned_linen_kernel_keeps_its_name():
     init = nn.with_partitioning(nn.initializers.lecun_normal(), ("data", "model"))
     params = nn.Dense(4, kernel_init=init, bias_init=nn.initializers.zeros).init(
@@ -226,6 +241,7 @@ def test_out_last_on_haiku():
         x = hk.nets.MLP([5, 4])(x)
         y = hk.Conv2D(8, 3)(image)
         y = hk.DepthwiseConv2D(2, (3, 3))(y)
+        y = hk.Conv2DTranspose(5, 3)(y)
         return x, y
 
     params = hk.transform(forward).init(jax.random.key(0), jnp.zeros((2, 3), int), jnp.zeros((2, 8, 8, 3)))
@@ -241,6 +257,7 @@ def test_out_last_on_haiku():
         "mlp/~/linear_1/w": (0,),
         "conv2_d/w": (0, 1, 2),
         "depthwise_conv2_d/w": (0, 1, 2),
+        "conv2_d_transpose/w": (0, 1, 3),
     }
 
 
@@ -258,6 +275,7 @@ def test_out_last_on_keras():
     y = layers.Conv2D(8, 3)(image)
     y = layers.SeparableConv2D(6, 3)(y)
     y = layers.DepthwiseConv2D(3, depth_multiplier=2)(y)
+    y = layers.Conv2DTranspose(5, 3)(y)
     y = layers.BatchNormalization()(y)
     y = layers.PReLU()(y)
     model = keras.Model([tokens, image], [x, y])
@@ -278,6 +296,7 @@ def test_out_last_on_keras():
         "separable_conv2d/depthwise_kernel": (0, 1),
         "separable_conv2d/pointwise_kernel": (0, 1, 2),
         "depthwise_conv2d/kernel": (0, 1),
+        "conv2d_transpose/kernel": (0, 1, 3),
     }
 
 
