@@ -78,6 +78,7 @@ def test_weight_axes_refuse_what_is_no_tuple_of_ints(bad):
         ("conv_dw_1/kernel", (3, 3, 16, 1), (0, 1), (3,)),
         ("block1a_dwconv/kernel", (3, 3, 16, 1), (0, 1), (3,)),
         ("conv2_d_transpose/w", (3, 3, 32, 16), (0, 1, 3), (2,)),
+        ("conv_nd_transpose/w", (3, 3, 32, 16), (0, 1, 3), (2,)),
         ("conv2d_transpose/kernel", (3, 3, 32, 16), (0, 1, 3), (2,)),
         ("Conv2DTranspose/kernel", (3, 3, 32, 16), (0, 1, 3), (2,)),
         ("ConvTranspose_0/kernel", (3, 3, 16, 32), (0, 1, 2), (3,)),
