@@ -275,9 +275,7 @@ def _name(path: Path) -> _Name:
     keys = list(path)
     while keys and (keys[-1],) == _BOX:
         keys.pop()
-    names = [key.name if isinstance(key, jtu.GetAttrKey) else getattr(key, "key", None) for key in keys]
-    # Haiku's modules and flattened trees join names with a slash, PyTorch's with a dot.
-    parts = [part for name in names for part in re.split(r"[/.]", name if isinstance(name, str) else "")]
+    parts = [part for key in keys for part in _parts(key)]
     # An index says which of several arrays of one name it is.
     while parts and not _words(parts[-1]):
         parts.pop()
@@ -285,6 +283,15 @@ def _name(path: Path) -> _Name:
     if leaf and _WEIGHT.fullmatch(leaf[-1]) and len(parts) > 1:
         return _Name(leaf, _words(parts[-2]), tuple(parts[:-2]))
     return _Name(leaf, leaf, tuple(parts[:-1]))
+
+
+def _parts(key: Any) -> list[str]:
+    """The names in one step of a path; an index is a name without words."""
+    step = getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))
+    # Flattened trees of Flax have tuples for keys. Haiku's modules and flattened trees of other kinds join
+    # names with a slash, PyTorch's with a dot.
+    names = step if isinstance(step, tuple) else (step,)
+    return [part for name in names for part in re.split(r"[/.]", str(name))]
 
 
 def _no_weight_matrix(name: _Name, rank: int) -> str:

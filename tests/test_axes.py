@@ -125,6 +125,13 @@ def test_a_stack_of_attention_layers_is_known_by_how_its_kernels_fit():
     assert (read["out"]["kernel"].fan_in, read["out"]["kernel"].fan_out) == ((1, 2), (3,))
 
 
+def test_attention_layers_in_a_list_are_told_apart():
+    dense = {name: {"kernel": leaf(3, 8, 8)} for name in ATTENTION}
+    (message,) = warnings_of({"layers": [ATTENTION, dense, ATTENTION]})
+    paths = re.findall(r"^  (.*)\['kernel'\], shape", message, re.MULTILINE)
+    assert paths == [f"['layers'][1]['{name}']" for name in sorted(ATTENTION)]
+
+
 def test_convolutions_named_as_attention_are_convolutions():
     kernels = {
         "query": leaf(1, 1, 16, 4),

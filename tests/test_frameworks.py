@@ -128,9 +128,12 @@ def test_a_partitioned_linen_kernel_keeps_its_name():
     assert by_path(out_last(params)) == {"params/kernel": (0,), "params/bias": ALONE}
 
 
-def test_flattened_linen_params_keep_their_names():
-    flat = flax.traverse_util.flatten_dict(linen_params(), sep="/")
-    assert by_path(out_last(flat)) == by_path(out_last(linen_params()))
+@pytest.mark.parametrize("sep", [None, "/", "."])
+def test_flattened_linen_params_keep_their_names(sep):
+    flat = flax.traverse_util.flatten_dict(linen_params(), sep=sep)
+    nested = flax.traverse_util.unflatten_dict(out_last(flat), sep=sep)
+    assert by_path(nested) == by_path(out_last(linen_params()))
+    centralize().init(flat)
 
 
 def test_train_state_trains():
