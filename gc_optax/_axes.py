@@ -146,16 +146,15 @@ def out_first(params: PyTree) -> PyTree:
 def conv_only(axes: Axes) -> Axes:
     """Keeps the convolutions of a tree or of a convention, and leaves everything else alone.
 
-    The authors found that centralizing only the convolutions (`gc_conv_only` in their code, the `GCC`
-    variants of their optimizers) is sometimes better than centralizing the dense layers too.
+    This is `gc_conv_only` in the authors' code, and what the `GCC` variants of their optimizers do.
 
     A leaf is a convolution where its `op` is `"conv_general_dilated"`. The conventions take a kernel
-    of rank 4 or more for one (the authors' rule), and one of lower rank where its module's name has
-    the word "conv".
+    of rank 4 or more for one (the authors' rule), unless it is known to belong to a stack of attention
+    layers, and one of lower rank where its module's name has the word "conv".
 
     Args:
-        axes: a tree of `WeightAxes`, or a function from parameters to such a
-            tree, `out_last` for example.
+        axes: a tree of `WeightAxes`, or a function from parameters to such a tree, `out_last` for
+            example.
 
     Returns:
         The same kind of thing: a tree for a tree, a function for a function.

@@ -123,6 +123,7 @@ def test_a_stack_of_attention_layers_is_known_by_how_its_kernels_fit():
         assert read[projection]["kernel"].fan_out == (2, 3)
         assert read[projection]["bias"].fan_in == ()
     assert (read["out"]["kernel"].fan_in, read["out"]["kernel"].fan_out) == ((1, 2), (3,))
+    assert not any(axes.fan_in for axes in jax.tree.leaves(conv_only(read)))
 
 
 def test_attention_layers_in_a_list_are_told_apart():

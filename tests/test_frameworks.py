@@ -189,7 +189,6 @@ def test_out_last_on_nnx():
     }
     for params in (state, nnx.to_pure_dict(state)):
         kernels = {path: axes for path, axes in by_path(out_last(params)).items() if axes != ALONE}
-        # `by_path` drops the key of the parameter that is itself called "value", when it stands in no box.
         assert kernels == expected
 
 
