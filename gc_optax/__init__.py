@@ -9,5 +9,6 @@ from ._axes import out_last as out_last
 from ._centralize import centralize as centralize
 from ._centralize import centralize_gradients as centralize_gradients
 from ._centralize import centralized as centralized
+from ._trace import infer_axes as infer_axes
 
 __version__ = importlib.metadata.version("gc_optax")

@@ -205,7 +205,7 @@ def warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes]) -> None
     absent = map(is_absent, jax.tree.leaves(params, is_leaf=is_absent))
     present = [axes for axes, left_out in zip(settled, absent, strict=True) if not left_out]
     doubtful = [
-        f"  {_place(path, leaf)}: mean over axes {axes.fan_in}"
+        f"  {place(path, leaf)}: mean over axes {axes.fan_in}"
         for (path, leaf), axes, reading in zip(places, present, _read_out_last(places), strict=True)
         if axes.fan_in and not reading.settled
     ]
@@ -218,11 +218,11 @@ def warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes]) -> None
             "axes off the model, or with a tree of axes of your own; or accept this reading silently with "
             "centralize(gc_optax.out_last).",
             UserWarning,
-            stacklevel=_stacklevel_of_the_user(),
+            stacklevel=stacklevel_of_the_user(),
         )
 
 
-def _stacklevel_of_the_user() -> int:
+def stacklevel_of_the_user() -> int:
     """How far up the stack the code is that called into a library with our transformation in it."""
     level, frame = 0, inspect.currentframe()
     while frame and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
@@ -317,13 +317,13 @@ def _no_weight_matrix(name: _Name, rank: int) -> str:
 def _read(rule: Callable[[_Name, tuple[int, ...]], _Reading], path: Path, leaf: Any) -> _Reading:
     """What a convention, by its `rule` for kernels, makes of any leaf."""
     if not _is_inexact(leaf):
-        return _Reading(_left_alone(f"no array of floats: {_describe(leaf)}"), settled=True)
+        return _Reading(left_alone(f"no array of floats: {_describe(leaf)}"), settled=True)
     if len(leaf.shape) < 2:
-        return _Reading(_left_alone(f"rank {len(leaf.shape)}: no weight matrix"), settled=True)
+        return _Reading(left_alone(f"rank {len(leaf.shape)}: no weight matrix"), settled=True)
     name = _name(path)
     why_not = _no_weight_matrix(name, len(leaf.shape))
     if why_not:
-        return _Reading(_left_alone(why_not), settled=True)
+        return _Reading(left_alone(why_not), settled=True)
     reading = rule(name, leaf.shape)
     return reading._replace(axes=_without_trivial_fan_in(reading.axes, leaf.shape))
 
@@ -400,7 +400,7 @@ def _keep_convolution(path: Path, axes: Any) -> WeightAxes:
             f"conv_only needs a WeightAxes at every leaf, to know which are convolutions; "
             f"at {_at(path)} there is {axes!r}"
         )
-    return axes if axes.op == _CONV or not axes.fan_in else _left_alone("no convolution", op=axes.op)
+    return axes if axes.op == _CONV or not axes.fan_in else left_alone("no convolution", op=axes.op)
 
 
 # From what the user gave to one WeightAxes a leaf.
@@ -463,21 +463,19 @@ def _one_level(node: Any) -> tuple[list[tuple[Path, Any]], jtu.PyTreeDef]:
 
 def _settle_leaf(path: Path, leaf: Any, given: Any, keep: Any) -> WeightAxes:
     if is_absent(leaf):
-        return _left_alone("absent")
-    place = _place(path, leaf)
-    axes = _in_range(_as_weight_axes(given, place), leaf, place)
-    if not _as_bool(keep, place):
-        return _left_alone("masked out", op=axes.op)
-    if not _is_inexact(leaf):
-        return _left_alone(f"no array of floats: {_describe(leaf)}", op=axes.op)
-    return _without_trivial_fan_in(axes, leaf.shape)
+        return left_alone("absent")
+    where = place(path, leaf)
+    axes = _in_range(_as_weight_axes(given, where), leaf, where)
+    if not _as_bool(keep, where):
+        return left_alone("masked out", op=axes.op)
+    return applicable(axes, leaf)
 
 
 def _as_weight_axes(given: Any, place: str) -> WeightAxes:
     if isinstance(given, WeightAxes):
         return given
     if given is None:
-        return _left_alone("left alone by axes")
+        return left_alone("left alone by axes")
     if isinstance(given, optax.contrib.MuonDimensionNumbers):
         fan_in = _axis_tuple(given.reduction_axis, place)
         return WeightAxes(fan_in, _axis_tuple(given.output_axis, place), why="MuonDimensionNumbers")
@@ -501,7 +499,7 @@ def _is_axis(given: Any) -> bool:
 
 
 def _in_range(axes: WeightAxes, leaf: Any, place: str) -> WeightAxes:
-    rank = len(leaf.shape) if _is_array_like(leaf) else 0
+    rank = len(leaf.shape) if is_array_like(leaf) else 0
     for axis in axes.fan_in + axes.fan_out:
         if not -rank <= axis < rank:
             raise ValueError(f"axes for {place}: axis {axis} is out of range for rank {rank}")
@@ -514,33 +512,38 @@ def _in_range(axes: WeightAxes, leaf: Any, place: str) -> WeightAxes:
 
 
 def _as_bool(keep: Any, place: str) -> bool:
-    is_bool = isinstance(keep, bool) or (
-        _is_array_like(keep) and keep.dtype == jnp.bool_ and keep.shape == ()
-    )
+    is_bool = isinstance(keep, bool) or (is_array_like(keep) and keep.dtype == jnp.bool_ and keep.shape == ())
     if is_bool and not isinstance(keep, jax.core.Tracer):
         return bool(keep)
     raise TypeError(f"mask for {place} must be a bool that is known when the update is traced, got {keep!r}")
 
 
+def applicable(axes: WeightAxes, leaf: Any) -> WeightAxes:
+    """`axes` where there is something to average over; otherwise `leaf` is left alone."""
+    if not _is_inexact(leaf):
+        return left_alone(f"no array of floats: {_describe(leaf)}", op=axes.op)
+    return _without_trivial_fan_in(axes, leaf.shape)
+
+
 def _without_trivial_fan_in(axes: WeightAxes, shape: tuple[int, ...]) -> WeightAxes:
     if 0 in shape:
-        return _left_alone("empty", op=axes.op)
+        return left_alone("empty", op=axes.op)
     fan_in = math.prod(shape[axis] for axis in axes.fan_in)
     if axes.fan_in and fan_in < 2:
-        return _left_alone(f"fan-in {fan_in}: nothing would be left of the gradient", op=axes.op)
+        return left_alone(f"fan-in {fan_in}: nothing would be left of the gradient", op=axes.op)
     return axes
 
 
-def _left_alone(why: str, op: str = "") -> WeightAxes:
+def left_alone(why: str, op: str = "") -> WeightAxes:
     return WeightAxes((), (), op, why)
 
 
-def _is_array_like(leaf: Any) -> bool:
+def is_array_like(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def _is_inexact(leaf: Any) -> bool:
-    return _is_array_like(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return is_array_like(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 # For the reader of an error message.
@@ -550,12 +553,12 @@ def _at(path: Path) -> str:
     return jtu.keystr(path) or "the root"
 
 
-def _place(path: Path, leaf: Any) -> str:
-    return f"{_at(path)}, shape {leaf.shape}" if _is_array_like(leaf) else _at(path)
+def place(path: Path, leaf: Any) -> str:
+    return f"{_at(path)}, shape {leaf.shape}" if is_array_like(leaf) else _at(path)
 
 
 def _describe(node: Any) -> str:
-    if _is_array_like(node):
+    if is_array_like(node):
         return f"an array of dtype {node.dtype} and shape {node.shape}"
     if is_absent(node) or jtu.all_leaves([node]):
         return repr(node)

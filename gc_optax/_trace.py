@@ -1,0 +1,1033 @@
+"""The exact axes: which axes of each parameter the data is contracted with, read off the computation.
+
+`infer_axes` traces a function to a jaxpr and goes through it once, equation by equation, with an
+abstract value for each array: `Known` for constants, `Weight` for what is computed from parameters
+alone, `Data` for everything else. Where a `Weight` meets `Data`, the equation's primitive says what the
+parameter is used for.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import tree_util as jtu
+from jax.extend import core as jex
+
+from ._axes import PyTree, WeightAxes, applicable, is_array_like, left_alone, place, stacklevel_of_the_user
+from ._provenance import (
+    FROZEN,
+    Shape,
+    Use,
+    View,
+    most_complete,
+    reshape_groups,
+    uses_in_contraction,
+)
+
+
+def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+    r"""The fan-in of every parameter, read off what a model computes.
+
+    In \(y = \sum_i x_i w_{io}\) the axis \(i\) of \(w\), which is summed over together with an axis of
+    the data, is the fan-in. `fn` is traced on shapes alone, and every parameter is followed through the
+    computation, whatever is done to it on the way (casts, transposes, reshapes, slices, masks,
+    normalization, the loops over a stack of layers), to the operation in which it meets the data:
+
+    - `dot_general`, `conv_general_dilated` and `ragged_dot_general` sum over its fan-in;
+    - a lookup by indices that depend on the data, or a product with a one-hot array, makes it a table;
+    - an operation entry by entry makes it a bias, a scale or a gate.
+
+    Only the first is centralized. A parameter with several uses has the fan-in that all of them say;
+    where they differ (embeddings that are tied to the output layer) it is left alone. It is left alone,
+    with a warning, where the computation cannot be read with certainty. The `why` of each `WeightAxes`
+    says which it was.
+
+    Only what the gradient goes through counts as a use. What depends on random keys alone counts as
+    constant, arrays that `fn` closes over count as data. If `fn` differentiates the model itself (a
+    gradient penalty, an inner loop), give the forward pass of the model instead of the loss: the
+    backward pass contracts each weight over its fan-out.
+
+    Args:
+        fn: any function of the parameters, a loss or a forward pass. What it returns does not matter.
+        params: the parameters, a tree of arrays or of `jax.ShapeDtypeStruct`s. Other leaves (the
+            functions in an Equinox module) are passed to `fn` as they are.
+        *args: further arguments of `fn`: trees of arrays and of `jax.ShapeDtypeStruct`s, which are
+            traced, and of anything else, which is passed as it is.
+        **kwargs: the same, by name.
+
+    Returns:
+        A tree with the structure of `params` and a `WeightAxes` at each leaf.
+
+    Raises:
+        TypeError: if `fn` is not callable; and whatever `fn` raises when it is traced.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from gc_optax import infer_axes
+        >>> def model(params, x):  # two experts, and a head in PyTorch's layout
+        ...     h = jnp.einsum("bi,eio->beo", x, params["experts"]) + params["bias"]
+        ...     return h.mean(axis=1) @ params["head"].T
+        >>> shapes = {"experts": (2, 8, 16), "bias": (2, 16), "head": (4, 16)}
+        >>> params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+        >>> axes = infer_axes(model, params, jnp.ones((3, 8)))
+        >>> axes["experts"].fan_in, axes["experts"].fan_out  # axis 0 is neither: a batch axis
+        ((1,), (0, 2))
+        >>> axes["head"].fan_in
+        (1,)
+        >>> axes["bias"].fan_in, axes["bias"].why
+        ((), 'add: entry by entry with the data, a bias, a scale or a gate')
+
+    References:
+        The primitives are those of https://docs.jax.dev/en/latest/jax.lax.html
+    """
+    if not callable(fn):
+        raise TypeError(f"fn must be a function of the parameters, got {fn!r}")
+    places, structure = jtu.tree_flatten_with_path(params)
+    leaves = [leaf for _, leaf in places]
+    others, others_structure = jax.tree.flatten((args, kwargs))
+    given = leaves + others
+
+    def of_arrays(arrays: list[Any]) -> list[Any]:
+        rest = iter(arrays)
+        filled = [next(rest) if is_array_like(leaf) else leaf for leaf in given]
+        fn_args, fn_kwargs = jax.tree.unflatten(others_structure, filled[len(leaves) :])
+        outputs = fn(jax.tree.unflatten(structure, filled[: len(leaves)]), *fn_args, **fn_kwargs)
+        return [output for output in jax.tree.leaves(outputs) if is_array_like(output)]
+
+    closed = jax.make_jaxpr(of_arrays)([leaf for leaf in given if is_array_like(leaf)])
+    numbers = [number for number, leaf in enumerate(given) if is_array_like(leaf)]
+    values = [
+        Weight.of(number, var.aval.shape) if number < len(leaves) else Data.given(var.aval)
+        for number, var in zip(numbers, closed.jaxpr.invars, strict=True)
+    ]
+    reader = _Reader()
+    reader.end(reader.read_jaxpr(closed, values))
+    axes = [_verdict(leaf, number, reader) for number, leaf in enumerate(leaves)]
+    _warn_of_unclear_uses(places, axes, {use.leaf for use in reader.uses if use.how == "unclear"})
+    return jax.tree.unflatten(structure, axes)
+
+
+# What is known of an array without computing it.
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """Computed from constants and random keys alone.
+
+    Args:
+        counts: the one dimension along which it varies, if its entries there are all different.
+        one_hot: the dimensions along which it has a single entry that is not zero.
+    """
+
+    counts: int | None = None
+    one_hot: frozenset[int] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What depends on the data, an activation for example.
+
+    Args:
+        varies: the dimensions along which it is not constant, apart from those of what it carries.
+        one_hot: the dimensions along which it has a single entry that is not zero.
+        raw: whether it is an argument, and nothing but that: a mask or a frozen kernel, it may be.
+        constant: whether it depends on nothing but parameters and arrays that are constants: the
+            batch, where the function closes over it, but perhaps a fixed transform of a kernel.
+        carried: the parameters that it is a version of, should it turn out to be a kernel itself:
+            modulated by the data, masked by it, or multiplied by a constant.
+    """
+
+    varies: frozenset[int]
+    one_hot: frozenset[int] = frozenset()
+    raw: bool = False
+    constant: bool = False
+    carried: frozenset[View] = frozenset()
+
+    @classmethod
+    def of(cls, shape: Shape, *, constant: bool = False, carried: Iterable[View] = ()) -> "Data":
+        """Data of which nothing else is known."""
+        carried = frozenset(carried)
+        varies = frozenset(dim for dim, size in enumerate(shape) if size > 1) - _owned(carried, shape)
+        return cls(varies, constant=constant, carried=carried)
+
+    @classmethod
+    def given(cls, aval: Any, *, constant: bool = False) -> "Data | Known":
+        """An argument, or an array that the function closes over."""
+        if _is_key(aval) or (constant and math.prod(aval.shape) == 1):
+            return Known()
+        return dataclasses.replace(cls.of(aval.shape, constant=constant), raw=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """What is computed from parameters alone, with constants: a kernel on its way to the data."""
+
+    views: frozenset[View]
+
+    @classmethod
+    def of(cls, leaf: int, shape: Shape) -> "Weight":
+        """A parameter."""
+        return cls(frozenset({View.whole(leaf, shape)}))
+
+
+Value = Known | Data | Weight
+
+
+def _is_key(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
+
+
+def _is_differentiable(aval: Any) -> bool:
+    return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def _is_constant(value: Value) -> bool:
+    return isinstance(value, Known) or (isinstance(value, Data) and value.constant)
+
+
+def _views(values: Iterable[Value]) -> frozenset[View]:
+    return frozenset(view for value in values if isinstance(value, Weight) for view in value.views)
+
+
+def _owned(views: Iterable[View], shape: Shape) -> frozenset[int]:
+    return frozenset(dim for view in views for dim in view.owned(shape))
+
+
+def _changed(value: Value, sources: Sequence[Sequence[int]], change: Callable[[View], View]) -> Value:
+    """A value after an operation that moves entries and does not mix them.
+
+    Args:
+        value: what it was.
+        sources: for each new dimension, the old ones that its index depends on.
+        change: the same operation for a parameter's view.
+    """
+
+    def moved(dims: frozenset[int]) -> frozenset[int]:
+        return frozenset(new for new, old in enumerate(sources) if not dims.isdisjoint(old))
+
+    def moved_whole(dims: frozenset[int]) -> frozenset[int]:
+        uses = list(itertools.chain.from_iterable(sources))
+        kept = {dim for dim in dims if uses.count(dim) == 1}
+        return frozenset(new for new, old in enumerate(sources) if len(old) == 1 and old[0] in kept)
+
+    match value:
+        case Known():
+            counts = () if value.counts is None else moved_whole(frozenset({value.counts}))
+            return Known(next(iter(counts), None), moved_whole(value.one_hot))
+        case Data():
+            return dataclasses.replace(
+                value,
+                varies=moved(value.varies),
+                one_hot=moved_whole(value.one_hot),
+                carried=frozenset(map(change, value.carried)),
+            )
+        case Weight():
+            return Weight(frozenset(map(change, value.views)))
+
+
+def _rearranged(value: Value, sources: Sequence[int | None]) -> Value:
+    old = [() if dim is None else (dim,) for dim in sources]
+    return _changed(value, old, lambda view: view.rearranged(sources))
+
+
+def _reshaped(value: Value, old: Shape, new: Shape) -> Value:
+    sources: list[Sequence[int]] = [()] * len(new)
+    for old_dims, new_dims in reshape_groups(old, new):
+        old_dims_in_use = [dim for dim in old_dims if old[dim] != 1] or list(old_dims)
+        for dim in new_dims:
+            if new[dim] != 1 or len(new_dims) == 1:
+                sources[dim] = old_dims_in_use
+    return _changed(value, sources, lambda view: view.reshaped(old, new))
+
+
+def _broadcast(value: Value, old: Shape, new: Shape) -> Value:
+    """As operations entry by entry see it: scalars and dimensions of size 1 fit anything."""
+    return _rearranged(value, [dim if old and old[dim] == size else None for dim, size in enumerate(new)])
+
+
+def _join(a: Value, b: Value) -> Value:
+    """What is known of an array that may be the one or the other; a `Weight` is not joined with `Data`."""
+    match a, b:
+        case Weight(), Weight():
+            return Weight(a.views | b.views)
+        case Data(), Data():
+            return Data(
+                a.varies | b.varies,
+                a.one_hot & b.one_hot,
+                a.raw and b.raw,
+                a.constant and b.constant,
+                a.carried & b.carried,
+            )
+        case Known(), Known():
+            return a if a == b else Known()
+        case Known(), _:
+            return dataclasses.replace(b, one_hot=frozenset(), raw=False) if isinstance(b, Data) else b
+        case _, Known():
+            return _join(b, a)
+        case _:
+            return a if isinstance(a, Data) else b
+
+
+# Reading the jaxpr.
+
+# What a loop carries settles within a few rounds, or, where it is reshaped again and again, never.
+_MOST_ROUNDS = 16
+
+
+class _Reader:
+    """Goes through a jaxpr equation by equation, and notes how each parameter is used.
+
+    Attributes:
+        uses: what was noted so far.
+        without_gradient: the parameters that are used where no gradient comes back.
+    """
+
+    def __init__(self) -> None:
+        self.uses: list[Use] = []
+        self.without_gradient: set[int] = set()
+        self._gradient_comes_back = True
+        # In the body of a function with a derivative of its own, nothing says where gradients go.
+        self._has_own_derivative = False
+
+    def note(self, uses: Iterable[Use]) -> None:
+        """Notes what the equation at hand says about parameters."""
+        for use in uses:
+            if self._gradient_comes_back:
+                self.uses.append(use)
+            else:
+                self.without_gradient.add(use.leaf)
+
+    def end(self, outputs: Iterable[Value]) -> None:
+        """Notes what is returned without having met the data."""
+        returned = most_complete(_views(outputs))
+        self.note(_unclear_product(view, "the output") for view in returned if view.links and view.placed)
+
+    def read_jaxpr(
+        self, jaxpr: Any, values: Sequence[Value], is_output_live: Sequence[bool] | None = None
+    ) -> list[Value]:
+        """The outputs of a jaxpr, open or closed.
+
+        Args:
+            jaxpr: the jaxpr.
+            values: its inputs.
+            is_output_live: for each output, whether a gradient comes back to it.
+        """
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        if is_output_live is None or self._has_own_derivative:
+            is_output_live = [True] * len(jaxpr.outvars)
+        env: dict[Any, Value] = {var: Data.given(var.aval, constant=True) for var in jaxpr.constvars}
+        env.update(zip(jaxpr.invars, values, strict=True))
+
+        def value_of(atom: Any) -> Value:
+            return env[atom] if _is_var(atom) else Data.given(atom.aval, constant=True)
+
+        outer = self._gradient_comes_back
+        for eqn, live in zip(jaxpr.eqns, self._live_outputs(jaxpr, is_output_live), strict=True):
+            self._gradient_comes_back = outer and any(live)
+            outputs = self._read_equation(eqn, [value_of(atom) for atom in eqn.invars], live)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        self._gradient_comes_back = outer
+        return [value_of(atom) for atom in jaxpr.outvars]
+
+    def _live_outputs(self, jaxpr: Any, is_output_live: Sequence[bool]) -> list[list[bool]]:
+        """For each equation and each of its outputs, whether a gradient comes back to it."""
+        outputs = zip(jaxpr.outvars, is_output_live, strict=True)
+        live = {var for var, is_live in outputs if is_live and _is_var(var)}
+        flags = []
+        for eqn in reversed(jaxpr.eqns):
+            flags.append([var in live and self._is_differentiable(var.aval) for var in eqn.outvars])
+            if any(flags[-1]) and not self._stops_gradient(eqn):
+                live.update(filter(_is_var, eqn.invars))
+        return flags[::-1]
+
+    def _is_differentiable(self, aval: Any) -> bool:
+        return self._has_own_derivative or jnp.issubdtype(_dtype(aval), jnp.inexact)
+
+    def _stops_gradient(self, eqn: Any) -> bool:
+        return eqn.primitive.name == "stop_gradient" and not self._has_own_derivative
+
+    def _read_equation(self, eqn: Any, values: list[Value], live: list[bool]) -> list[Value]:
+        name = eqn.primitive.name
+        if name in _RULES:
+            outputs = [_RULES[name](self, eqn, values)]
+        elif name in _CONTROL_FLOW:
+            outputs = _CONTROL_FLOW[name](self, eqn, values, live)
+        elif name == "split":
+            outputs = [_cut(values[0], _shape(eqn.invars[0]), _shape(var)) for var in eqn.outvars]
+        elif name in _EACH_BY_ITSELF and len(values) == len(eqn.outvars):
+            outputs = values
+        elif self._stops_gradient(eqn):
+            outputs = [Known() if isinstance(values[0], Weight) else values[0]]
+        elif body := _body_with_the_same_arguments(eqn):
+            outputs = self._read_body(eqn, body, values, live)
+        else:
+            outputs = self.read_unknown(eqn, values)
+        return [self._settled(value, var.aval) for value, var in zip(outputs, eqn.outvars, strict=True)]
+
+    def _settled(self, value: Value, aval: Any) -> Value:
+        if jnp.issubdtype(_dtype(aval), jax.dtypes.prng_key):
+            return Known()
+        # A mask that a threshold on the weights makes is a constant as far as the gradient can tell.
+        return Known() if isinstance(value, Weight) and not self._is_differentiable(aval) else value
+
+    def _read_body(self, eqn: Any, body: Any, values: list[Value], live: list[bool]) -> list[Value]:
+        """The outputs of an equation that does what the jaxpr does that it holds."""
+        outer = self._has_own_derivative
+        self._has_own_derivative |= eqn.primitive.name.startswith("custom_")
+        inside = getattr(body, "jaxpr", body)
+        # Inside shard_map an array has the shape of one device's share.
+        outputs = self.read_jaxpr(body, _all_resized(values, eqn.invars, inside.invars), live)
+        self._has_own_derivative = outer
+        return _all_resized(outputs, inside.outvars, eqn.outvars)
+
+    def read_unknown(self, eqn: Any, values: list[Value]) -> list[Value]:
+        """The outputs of an equation of which nothing is known but which values go into it."""
+        shapes = [_shape(var) for var in eqn.outvars]
+        views = most_complete(_views(values))
+        if all(isinstance(value, Known) for value in values):
+            return [Known() for _ in shapes]
+        if views and all(isinstance(value, Weight) or _is_constant(value) for value in values):
+            return [Weight(frozenset(view.opaque(shape) for view in views)) for shape in shapes]
+        name = eqn.primitive.name
+        why = f"{name}: an operation on it together with the data that infer_axes cannot read"
+        self.note(Use(view.leaf, "unclear", name, why) for view in views)
+        return [Data.of(shape, constant=all(map(_is_constant, values))) for shape in shapes]
+
+    # Loops and branches. Each has an order of arguments of its own.
+
+    def read_scan(self, eqn: Any, values: list[Value], live: list[bool]) -> list[Value]:
+        """Goes through the first dimension of some arguments: their leading axis is a batch axis."""
+        fixed, carried = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+        loop = id(eqn)
+        each = [
+            _changed(value, [(dim,) for dim in range(1, len(_shape(var)))], lambda view: view.in_loop(loop))
+            for value, var in zip(values[carried:], eqn.invars[carried:], strict=True)
+        ]
+        carry, stacked = self._read_loop(
+            eqn, eqn.params["jaxpr"], values[:fixed], values[fixed:carried], each, live
+        )
+        return [_after_loop(value, loop) for value in carry] + [
+            _stacked(value, _shape(var), loop)
+            for value, var in zip(stacked, eqn.outvars[len(carry) :], strict=True)
+        ]
+
+    def read_while(self, eqn: Any, values: list[Value], live: list[bool]) -> list[Value]:
+        """The condition is a bool, through which no gradient goes: only the body is read."""
+        first = eqn.params["cond_nconsts"]
+        carried = first + eqn.params["body_nconsts"]
+        body = eqn.params["body_jaxpr"]
+        return self._read_loop(eqn, body, values[first:carried], values[carried:], [], live)[0]
+
+    def _read_loop(
+        self,
+        eqn: Any,
+        body: Any,
+        fixed: list[Value],
+        carry: list[Value],
+        each: list[Value],
+        live: list[bool],
+    ) -> tuple[list[Value], list[Value]]:
+        """Reads a body again until what it carries along is the same before and after.
+
+        Returns:
+            What it carries, and what comes out besides.
+        """
+        # What reaches a carried value in one round reaches all of them in the next.
+        is_output_live = [any(live)] * len(carry) + live[len(carry) :]
+        for _ in range(_MOST_ROUNDS):
+            uses, without_gradient = self.uses.copy(), self.without_gradient.copy()
+            outputs = self.read_jaxpr(body, [*fixed, *carry, *each], is_output_live)
+            joined = list(map(_join, carry, outputs))
+            if joined == carry:
+                self._note_mixed_with_data(outputs, joined)
+                return carry, outputs[len(carry) :]
+            self.uses, self.without_gradient = uses, without_gradient
+            self._note_mixed_with_data(carry, joined)
+            carry = joined
+        why = "a loop reshapes it from round to round"
+        self.note(Use(view.leaf, "unclear", eqn.primitive.name, why) for view in _views([*carry, *outputs]))
+        data: list[Value] = [Data.of(_shape(var)) for var in body.jaxpr.outvars]
+        return data[: len(carry)], data[len(carry) :]
+
+    def read_cond(self, eqn: Any, values: list[Value], live: list[bool]) -> list[Value]:
+        """Every branch is read; the first argument says which of them is taken."""
+        branches = [self.read_jaxpr(branch, values[1:], live) for branch in eqn.params["branches"]]
+        joined = [functools.reduce(_join, outputs) for outputs in zip(*branches, strict=True)]
+        for outputs in branches:
+            self._note_mixed_with_data(outputs, joined)
+        return joined
+
+    def _note_mixed_with_data(self, values: Sequence[Value], joined: Sequence[Value]) -> None:
+        """Notes the parameters that become data: the state that a loop begins with, say."""
+        why = "it takes the place of the data: a starting value, say"
+        for value, after in zip(values, joined, strict=False):
+            if isinstance(after, Data):
+                self.note(_as_no_weight(_views([value]), "a loop or a branch", why))
+
+
+def _is_var(atom: Any) -> bool:
+    return not isinstance(atom, jex.Literal)
+
+
+def _dtype(aval: Any) -> Any:
+    return getattr(aval, "dtype", jnp.dtype(bool))
+
+
+def _shape(atom: Any) -> Shape:
+    return tuple(getattr(atom.aval, "shape", ()))
+
+
+def _body_with_the_same_arguments(eqn: Any) -> Any:
+    """The jaxpr that an equation holds, if it holds one that its arguments and results fit.
+
+    Any primitive may hold one: jit, remat, custom_jvp_call, custom_vjp_call, shard_map, and those to come.
+    """
+    held = [value for value in eqn.params.values() if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)]
+    if len(held) != 1:
+        return None
+    body = getattr(held[0], "jaxpr", held[0])
+    inside, outside = body.invars + body.outvars, eqn.invars + eqn.outvars
+    fits = len(body.invars) == len(eqn.invars) and len(inside) == len(outside)
+    ranks = [(len(_shape(a)), len(_shape(b))) for a, b in zip(inside, outside, strict=False)]
+    return held[0] if fits and all(a == b for a, b in ranks) else None
+
+
+def _all_resized(values: Sequence[Value], before: Sequence[Any], after: Sequence[Any]) -> list[Value]:
+    return [
+        _resized(value, _shape(old), _shape(new))
+        for value, old, new in zip(values, before, after, strict=True)
+    ]
+
+
+def _resized(value: Value, old: Shape, new: Shape) -> Value:
+    if old == new:
+        return value
+    return _changed(value, [(dim,) for dim in range(len(new))], lambda view: view.resized(old, new))
+
+
+def _cut(value: Value, old: Shape, new: Shape) -> Value:
+    return _changed(value, [(dim,) for dim in range(len(new))], lambda view: view.cut(old, new))
+
+
+def _after_loop(value: Value, loop: int) -> Value:
+    match value:
+        case Weight():
+            return Weight(frozenset(view.after_loop(loop) for view in value.views))
+        case Data():
+            return dataclasses.replace(value, carried=frozenset())
+        case Known():
+            return value
+
+
+def _stacked(value: Value, shape: Shape, loop: int) -> Value:
+    match value:
+        case Weight():
+            return Weight(frozenset(view.stacked(loop) for view in value.views))
+        case Data():
+            return Data.of(shape, constant=value.constant)
+        case Known():
+            return Known()
+
+
+# One function for each kind of primitive with one output: what it says about parameters, and what comes out.
+
+
+def _entry_by_entry(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    name, shape = eqn.primitive.name, _shape(eqn.outvars[0])
+    values = [_broadcast(value, _shape(var), shape) for value, var in zip(values, eqn.invars, strict=True)]
+    sizes = [math.prod(_shape(var)) for var in eqn.invars]
+    views = _views(values)
+    owned = _owned(views, shape)
+    if len(owned) > 1:
+        # What the function closes over and what runs along a kernel is a mask or a frozen kernel.
+        values = [
+            Known() if _is_constant(value) and _variation(value, shape) <= owned else value
+            for value in values
+        ]
+    if not any(isinstance(value, Data) for value in values):
+        if not views:
+            return _constant_entry_by_entry(name, values, sizes)
+        is_corrected = any(isinstance(v, Known) and size > 1 for v, size in zip(values, sizes, strict=True))
+        return Weight(_as_correction(views, shape) if is_corrected else views)
+    if not views:
+        return _data_entry_by_entry(name, values, sizes, shape)
+    return _weight_with_data_entry_by_entry(reader, name, values, shape)
+
+
+def _constant_entry_by_entry(name: str, values: list[Value], sizes: list[int]) -> Known:
+    known = [value for value in values if isinstance(value, Known)]
+    arrays = [value for value, size in zip(known, sizes, strict=True) if size > 1]
+    if name == "eq" and len(known) == 2:
+        counted = {value.counts for value in known if value.counts is not None}
+        return Known(one_hot=frozenset(counted) if len(counted) == 2 else frozenset())
+    if name in ("add", "sub", *_UNCHANGED) and len(arrays) == 1:
+        return arrays[0]
+    return Known()
+
+
+def _data_entry_by_entry(name: str, values: list[Value], sizes: list[int], shape: Shape) -> Data:
+    data = [value for value in values if isinstance(value, Data)]
+    result = Data(
+        varies=frozenset().union(*(value.varies for value in data)),
+        raw=all(value.raw for value in data),
+        constant=all(map(_is_constant, values)),
+    )
+    carrying = [value for value in data if value.carried]
+    # A kernel that is scaled stays one; whatever else is done to it makes it an activation.
+    if name in _SCALING and len(carrying) == 1:
+        owned = _owned(carrying[0].carried, shape)
+        if all(value is carrying[0] or owned - value.varies for value in data):
+            return dataclasses.replace(result, raw=False, carried=carrying[0].carried)
+    one_hot = {dim for dim in range(len(shape)) if _is_one_hot(name, values, sizes, shape, dim)}
+    return dataclasses.replace(
+        result,
+        varies=result.varies.union(*(_owned(value.carried, shape) for value in carrying)),
+        one_hot=frozenset(one_hot),
+    )
+
+
+def _is_one_hot(name: str, values: list[Value], sizes: list[int], shape: Shape, dim: int) -> bool:
+    def is_constant_along(value: Value, size: int) -> bool:
+        return size == 1 or (isinstance(value, Data) and dim not in _variation(value, shape))
+
+    if name == "eq":
+        return any(
+            isinstance(value, Known) and value.counts == dim and is_constant_along(other, size)
+            for value, other, size in zip(values, values[::-1], sizes[::-1], strict=True)
+        )
+    hot = [isinstance(value, Data) and dim in value.one_hot for value in values]
+    others = zip(values, sizes, hot, strict=True)
+    return (
+        name in _SCALING
+        and any(hot)
+        and all(is_hot or is_constant_along(value, size) for value, size, is_hot in others)
+    )
+
+
+def _variation(value: Value, shape: Shape) -> frozenset[int]:
+    """The dimensions along which data is not constant."""
+    return value.varies | _owned(value.carried, shape) if isinstance(value, Data) else frozenset()
+
+
+def _weight_with_data_entry_by_entry(reader: _Reader, name: str, values: list[Value], shape: Shape) -> Data:
+    views = _views(values)
+    data = [value for value in values if isinstance(value, Data)]
+    owned = _owned(views, shape)
+    varies = frozenset[int]().union(*(_variation(value, shape) for value in data))
+    result = Data(varies, constant=all(map(_is_constant, data)))
+    # A kernel that the data scales along some of its axes may still be contracted over the others, and an
+    # argument of the shape of a kernel may be a mask of it, or the frozen kernel that it is added to.
+    is_modulated = _scales(name, values) and bool(owned - varies)
+    is_corrected = all(value.raw for value in data) and len(owned) > 1 and varies <= owned
+    why = f"{name}: entry by entry with the data, a bias, a scale or a gate"
+    if is_modulated or is_corrected:
+        reader.note(_as_no_weight(views, name, why, weak=True))
+        return dataclasses.replace(result, carried=_as_correction(views, shape) if is_corrected else views)
+    reader.note(_as_no_weight(views, name, why))
+    return dataclasses.replace(result, varies=varies | owned)
+
+
+def _scales(name: str, values: list[Value]) -> bool:
+    if name == "div":
+        return isinstance(values[0], Weight)
+    if name == "select_n":
+        return not any(isinstance(case, Data) for case in values[1:])
+    return name == "mul"
+
+
+def _as_correction(views: frozenset[View], shape: Shape) -> frozenset[View]:
+    """Products of parameters that are added to a kernel which is none."""
+    if not any(view.links for view in views):
+        return views
+    return views | {View.whole(FROZEN, shape)}
+
+
+def _as_no_weight(views: Iterable[View], op: str, why: str, *, weak: bool = False) -> Iterator[Use]:
+    for view in most_complete(views):
+        if view.links and view.placed and not weak:
+            yield _unclear_product(view, op)
+        elif view.links or view.summed:
+            yield Use(view.leaf, "no weight", op, f"{op}: only a statistic of it meets the data", weak=True)
+        else:
+            yield Use(view.leaf, "no weight", op, why, weak=weak)
+
+
+def _unclear_product(view: View, op: str) -> Use:
+    return Use(view.leaf, "unclear", op, f"{op}: a product of parameters with data on neither side")
+
+
+def _transpose(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    return _rearranged(values[0], eqn.params["permutation"])
+
+
+def _reshape(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    value, old = values[0], _shape(eqn.invars[0])
+    if eqn.params["dimensions"] is not None:
+        value = _rearranged(value, eqn.params["dimensions"])
+        old = tuple(old[dim] for dim in eqn.params["dimensions"])
+    return _reshaped(value, old, _shape(eqn.outvars[0]))
+
+
+def _squeeze(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    kept = [dim for dim in range(len(_shape(eqn.invars[0]))) if dim not in eqn.params["dimensions"]]
+    return _rearranged(values[0], kept)
+
+
+def _broadcast_in_dim(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    sources: list[int | None] = [None] * len(new)
+    for dim, target in enumerate(eqn.params["broadcast_dimensions"]):
+        sources[target] = dim if old[dim] == new[target] else None
+    return _rearranged(values[0], sources)
+
+
+def _iota(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    return Known(counts=eqn.params["dimension"])
+
+
+def _slice(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    return _cut(values[0], _shape(eqn.invars[0]), _shape(eqn.outvars[0]))
+
+
+def _pad(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    if not isinstance(values[0], Weight) or not _is_constant(values[1]):
+        return _joined_with_data(reader, eqn, values)
+    is_cropped = any(low < 0 or high < 0 for low, high, _ in eqn.params["padding_config"])
+    views = (view.cut(old, new) if is_cropped else view.diluted(old, new) for view in values[0].views)
+    return Weight(frozenset(views))
+
+
+def _concatenate(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    if not all(isinstance(value, Weight | Known) for value in values):
+        return _joined_with_data(reader, eqn, values)
+    new = _shape(eqn.outvars[0])
+    pairs = zip(values, eqn.invars, strict=True)
+    views = [view.diluted(_shape(var), new) for value, var in pairs for view in _views([value])]
+    return Weight(frozenset(views)) if views else Known()
+
+
+def _joined_with_data(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    """Parameters in a row with the data: a class token, say."""
+    name = eqn.primitive.name
+    reader.note(_as_no_weight(_views(values), name, f"{name}: it stands among the data, an input"))
+    if all(isinstance(value, Known) for value in values):
+        return Known()
+    return Data.of(_shape(eqn.outvars[0]), constant=all(map(_is_constant, values)))
+
+
+def _reduce(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    value, old, over = values[0], _shape(eqn.invars[0]), eqn.params["axes"]
+    kept = [dim for dim in range(len(old)) if dim not in over]
+    match value:
+        case Weight():
+            return Weight(frozenset(view.reduced(over) for view in value.views))
+        case Known():
+            return Known()
+    owned = _owned(value.carried, old).intersection(over)
+    if eqn.primitive.name == "reduce_sum" and owned and owned <= value.varies:
+        # A product entry by entry and a sum: a contraction, spelled out.
+        reader.note(uses_in_contraction(value.carried, "reduce_sum", contracted=over))
+    value = dataclasses.replace(
+        value, varies=_variation(value, old), one_hot=frozenset(), carried=frozenset()
+    )
+    return _rearranged(value, kept)
+
+
+def _gather(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    sources: list[int | None] = [None] * len(new)
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    for target, dim in zip(numbers.offset_dims, (d for d in range(len(old)) if d not in gone), strict=True):
+        sources[target] = dim
+
+    def gathered(view: View) -> View:
+        # The indices' dimensions run along the operand's that they point into.
+        pointed = view.rearranged([*gone]).opaque(tuple(new))
+        cut = view.cut(old, tuple(sizes)).rearranged(sources)
+        return cut.with_dims(
+            other if source is None else own
+            for own, other, source in zip(cut.dims, pointed.dims, sources, strict=True)
+        )
+
+    return _looked_up(reader, eqn, values, gathered, sources)
+
+
+def _dynamic_slice(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    return _looked_up(reader, eqn, values, lambda view: view.cut(old, new), range(len(new)))
+
+
+def _looked_up(
+    reader: _Reader,
+    eqn: Any,
+    values: list[Value],
+    change: Callable[[View], View],
+    sources: Sequence[int | None],
+) -> Value:
+    operand, *indices = values
+    name, shape = eqn.primitive.name, _shape(eqn.outvars[0])
+    constant = all(map(_is_constant, indices))
+    if all(isinstance(index, Known) for index in indices):
+        match operand:
+            case Weight():
+                return Weight(frozenset(map(change, operand.views)))
+            case Data():
+                return Data.of(shape, constant=operand.constant)
+            case Known():
+                return Known()
+    if isinstance(operand, Weight):
+        why = f"{name}: a lookup table, the data says which entries are read"
+        reader.note(_as_no_weight(operand.views, name, why, weak=constant))
+        return Data.of(shape, constant=constant, carried=map(change, operand.views) if constant else ())
+    one_hot = [dim for dim, source in enumerate(sources) if source in operand.one_hot]
+    result = Data.of(shape, constant=constant and _is_constant(operand))
+    return dataclasses.replace(result, one_hot=frozenset(one_hot))
+
+
+def _scatter(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    operand, indices, updates = values
+    return _written_into(reader, eqn, operand, updates, [indices])
+
+
+def _dynamic_update_slice(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    operand, updates, *indices = values
+    return _written_into(reader, eqn, operand, updates, indices)
+
+
+def _written_into(
+    reader: _Reader, eqn: Any, operand: Value, updates: Value, indices: Sequence[Value]
+) -> Value:
+    if any(isinstance(value, Data) for value in (operand, updates, *indices)):
+        return _joined_with_data(reader, eqn, [operand, updates, *indices])
+    shape = _shape(eqn.outvars[0])
+    written = frozenset(view.opaque(shape) for view in _views([updates]))
+    views = _views([operand]) | written
+    return Weight(views) if views else Known()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operand:
+    """One side of a product."""
+
+    value: Value
+    shape: Shape
+    contracted: Sequence[int]
+    batch: Sequence[int]
+
+    @property
+    def free(self) -> list[int]:
+        return [dim for dim in range(len(self.shape)) if dim not in {*self.contracted, *self.batch}]
+
+    @property
+    def kernels(self) -> frozenset[View]:
+        """The parameters that this side is a kernel of, or may be."""
+        return self.value.carried if isinstance(self.value, Data) else _views([self.value])
+
+
+def _dot_general(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    contracted, batch = eqn.params["dimension_numbers"]
+    a, b = map(_Operand, values, map(_shape, eqn.invars), contracted, batch)
+    sources_a = [*a.batch, *a.free, *[None] * len(b.free)]
+    sources_b = [*b.batch, *[None] * len(a.free), *b.free]
+    if isinstance(a.value, Weight) and isinstance(b.value, Weight):
+        views_a = (view.linked(id(eqn), 0, a.contracted).rearranged(sources_a) for view in a.kernels)
+        views_b = (view.linked(id(eqn), 1, b.contracted).rearranged(sources_b) for view in b.kernels)
+        return Weight(frozenset((*views_a, *views_b)))
+    shape = _shape(eqn.outvars[0])
+    pending: list[View] = []
+    for side, other, sources in ((a, b, sources_a), (b, a, sources_b)):
+        _note_contraction(reader, eqn, side, other)
+        if isinstance(side.value, Weight) and _is_constant(other.value):
+            pending += (view.times_constant(side.contracted, sources, shape) for view in side.value.views)
+    return _product_of_data(values, shape, pending)
+
+
+def _ragged_dot_general(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    contracted, batch = numbers.dot_dimension_numbers
+    groups = [(), numbers.rhs_group_dimensions]
+    batch = [[*dims, *more] for dims, more in zip(batch, groups, strict=True)]
+    a, b = map(_Operand, values[:2], map(_shape, eqn.invars[:2]), contracted, batch)
+    if isinstance(a.value, Weight):
+        reader.note(_unclear_product(view, eqn.primitive.name) for view in _views(values))
+    else:
+        _note_contraction(reader, eqn, b, a)
+    return _product_of_data(values, _shape(eqn.outvars[0]))
+
+
+def _conv_general_dilated(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    name = eqn.primitive.name
+    out, *contracted = eqn.params["dimension_numbers"].rhs_spec
+    image, kernel = values
+    if isinstance(image, Weight) and isinstance(kernel, Weight):
+        reader.note(_unclear_product(view, name) for view in _views(values))
+    elif isinstance(image, Weight):
+        why = f"{name}: it is what is convolved, an input"
+        reader.note(_as_no_weight(image.views, name, why))
+    groups = eqn.params["feature_group_count"]
+    if not isinstance(image, Weight) or isinstance(kernel, Data):
+        kernels = _map_views(kernel, lambda view: view.without_groups(out, groups))
+        own = _Operand(kernels, _shape(eqn.invars[1]), contracted, ())
+        _note_contraction(reader, eqn, own, _Operand(image, _shape(eqn.invars[0]), (), ()))
+    return _product_of_data(values, _shape(eqn.outvars[0]))
+
+
+def _note_contraction(reader: _Reader, eqn: Any, side: _Operand, other: _Operand) -> None:
+    """Notes what the parameters on one side of a product are there, given what is on the other."""
+    is_activation = isinstance(side.value, Data) and (
+        isinstance(other.value, Weight) or (side.value.constant and _is_constant(other.value))
+    )
+    if is_activation or not side.kernels:
+        return
+    name = eqn.primitive.name
+    pairs = list(zip(side.contracted, other.contracted, strict=False))
+    one_hot = other.value.one_hot if isinstance(other.value, Data) else frozenset()
+    if pairs and all(dim in one_hot or side.shape[own] == 1 for own, dim in pairs):
+        why = f"{name}: a lookup table, read with one-hot arrays"
+        reader.note(_as_no_weight(side.kernels, name, why))
+    else:
+        reader.note(uses_in_contraction(side.kernels, name, contracted=side.contracted, batch=side.batch))
+
+
+def _product_of_data(values: list[Value], shape: Shape, carried: Iterable[View] = ()) -> Value:
+    if all(isinstance(value, Known) for value in values):
+        return Known()
+    constant = all(isinstance(value, Weight) or _is_constant(value) for value in values)
+    return Data.of(shape, constant=constant, carried=carried)
+
+
+def _map_views(value: Value, change: Callable[[View], View]) -> Value:
+    match value:
+        case Weight():
+            return Weight(frozenset(map(change, value.views)))
+        case Data():
+            return dataclasses.replace(value, carried=frozenset(map(change, value.carried)))
+        case Known():
+            return value
+
+
+def _all_gather(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    if len(old) == len(new):
+        return _resized(values[0], old, new)
+    return reader.read_unknown(eqn, values)[0]
+
+
+_UNCHANGED = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint")
+# What multiplies entries by something: a kernel stays a kernel, and a one-hot array has its one entry.
+_SCALING = ("mul", "div", "neg", "select_n", *_UNCHANGED)
+
+_ENTRY_BY_ENTRY = (
+    *_SCALING,
+    *("abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh"),
+    *("bessel_i0e", "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex"),
+    *("conj", "cos", "cosh", "digamma", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1"),
+    *("floor", "ge", "gt", "igamma", "igammac", "imag", "integer_pow", "is_finite", "le", "le_to"),
+    *("lgamma", "log", "log1p", "logistic", "lt", "lt_to", "max", "min", "ne", "nextafter", "not", "or"),
+    *("polygamma", "population_count", "pow", "real", "regularized_incomplete_beta", "rem", "round"),
+    *("rsqrt", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh"),
+    *("sqrt", "square", "sub", "tan", "tanh", "xor", "zeta"),
+)
+
+# Whatever goes in comes out in the same place: communication inside shard_map, barriers, placement.
+_EACH_BY_ITSELF = (
+    *("device_put", "mesh_cast", "optimization_barrier", "pcast", "pmax", "pmin", "ppermute", "psum"),
+    *("psum_invariant", "pvary", "reshard", "rev"),
+)
+
+_REDUCTIONS = (
+    *("argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod"),
+    *("reduce_sum", "reduce_xor"),
+)
+
+_SCATTERS = (
+    "scatter",
+    "scatter-add",
+    "scatter_add",
+    "scatter_max",
+    "scatter_min",
+    "scatter_mul",
+    "scatter_sub",
+)
+
+_RULES: dict[str, Callable[[_Reader, Any, list[Value]], Value]] = {
+    **dict.fromkeys(_ENTRY_BY_ENTRY, _entry_by_entry),
+    **dict.fromkeys(_REDUCTIONS, _reduce),
+    **dict.fromkeys(_SCATTERS, _scatter),
+    "all_gather": _all_gather,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "concatenate": _concatenate,
+    "conv_general_dilated": _conv_general_dilated,
+    "dot_general": _dot_general,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+    "gather": _gather,
+    "iota": _iota,
+    "pad": _pad,
+    "ragged_dot_general": _ragged_dot_general,
+    "reshape": _reshape,
+    "slice": _slice,
+    "squeeze": _squeeze,
+    "transpose": _transpose,
+}
+
+_CONTROL_FLOW: dict[str, Callable[[_Reader, Any, list[Value], list[bool]], list[Value]]] = {
+    "cond": _Reader.read_cond,
+    "scan": _Reader.read_scan,
+    "while": _Reader.read_while,
+}
+
+
+# From the uses of a parameter to its axes.
+
+
+def _verdict(leaf: Any, number: int, reader: _Reader) -> WeightAxes:
+    if not is_array_like(leaf):
+        return left_alone("no array")
+    uses = [use for use in reader.uses if use.leaf == number]
+    return applicable(_agreed(uses, number in reader.without_gradient), leaf)
+
+
+def _agreed(uses: list[Use], is_used_without_gradient: bool) -> WeightAxes:
+    """What all uses of a parameter say."""
+    unclear = [use for use in uses if use.how == "unclear"]
+    weights = [use for use in uses if use.how == "weight"]
+    others = [use for use in uses if use.how == "no weight" and not (weights and use.weak)]
+    if unclear:
+        return left_alone(unclear[0].why, unclear[0].op)
+    if not uses:
+        return left_alone("no gradient comes back to it" if is_used_without_gradient else "it is not used")
+    if not weights:
+        telling = [use for use in others if not use.weak] or others
+        return left_alone(telling[0].why, telling[0].op)
+    if others or len({use.fan_in for use in weights}) > 1:
+        ways = dict.fromkeys(use.why for use in [*weights, *others])
+        return left_alone("used in more than one way: " + "; ".join(ways))
+    fan_out = frozenset.intersection(*(use.fan_out for use in weights))
+    first = weights[0]
+    return WeightAxes(tuple(sorted(first.fan_in)), tuple(sorted(fan_out)), first.op, first.why)
+
+
+def _warn_of_unclear_uses(places: list[tuple[Any, Any]], axes: list[WeightAxes], unclear: set[int]) -> None:
+    lines = [
+        f"  {place(path, leaf)}: {axes[number].why}"
+        for number, (path, leaf) in enumerate(places)
+        if number in unclear
+    ]
+    if lines:
+        warnings.warn(
+            "infer_axes leaves these parameters alone, because it cannot read with certainty what the "
+            "computation does with them:\n" + "\n".join(lines) + "\n"
+            "To centralize one of them, replace its leaf in the tree by axes of your own.",
+            UserWarning,
+            stacklevel=stacklevel_of_the_user(),
+        )
