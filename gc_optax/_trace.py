@@ -8,7 +8,6 @@ parameter is used for.
 
 import dataclasses
 import functools
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,14 +19,27 @@ from jax import tree_util as jtu
 from jax.extend import core as jex
 
 from ._axes import PyTree, WeightAxes, applicable, is_array_like, left_alone, place, stacklevel_of_the_user
-from ._provenance import (
-    FROZEN,
-    Shape,
-    Use,
-    View,
-    most_complete,
-    reshape_groups,
-    uses_in_contraction,
+from ._provenance import FROZEN, Shape, Use, View, most_complete, uses_in_contraction
+from ._values import (
+    Data,
+    Known,
+    Value,
+    Weight,
+    after_loop,
+    broadcast,
+    changed,
+    cut,
+    is_constant,
+    is_key,
+    join,
+    owned_by,
+    rearranged,
+    reshaped,
+    resized,
+    stacked,
+    variation,
+    views_in,
+    with_views_changed,
 )
 
 
@@ -114,167 +126,6 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
     return jax.tree.unflatten(structure, axes)
 
 
-# What is known of an array without computing it.
-
-
-@dataclasses.dataclass(frozen=True)
-class Known:
-    """Computed from constants and random keys alone.
-
-    Args:
-        counts: the one dimension along which it varies, if its entries there are all different.
-        one_hot: the dimensions along which it has a single entry that is not zero.
-    """
-
-    counts: int | None = None
-    one_hot: frozenset[int] = frozenset()
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """What depends on the data, an activation for example.
-
-    Args:
-        varies: the dimensions along which it is not constant, apart from those of what it carries.
-        one_hot: the dimensions along which it has a single entry that is not zero.
-        raw: whether it is an argument, and nothing but that: a mask or a frozen kernel, it may be.
-        constant: whether it depends on nothing but parameters and arrays that are constants: the
-            batch, where the function closes over it, but perhaps a fixed transform of a kernel.
-        carried: the parameters that it is a version of, should it turn out to be a kernel itself:
-            modulated by the data, masked by it, or multiplied by a constant.
-    """
-
-    varies: frozenset[int]
-    one_hot: frozenset[int] = frozenset()
-    raw: bool = False
-    constant: bool = False
-    carried: frozenset[View] = frozenset()
-
-    @classmethod
-    def of(cls, shape: Shape, *, constant: bool = False, carried: Iterable[View] = ()) -> "Data":
-        """Data of which nothing else is known."""
-        carried = frozenset(carried)
-        varies = frozenset(dim for dim, size in enumerate(shape) if size > 1) - _owned(carried, shape)
-        return cls(varies, constant=constant, carried=carried)
-
-    @classmethod
-    def given(cls, aval: Any, *, constant: bool = False) -> "Data | Known":
-        """An argument, or an array that the function closes over."""
-        if _is_key(aval) or (constant and math.prod(aval.shape) == 1):
-            return Known()
-        return dataclasses.replace(cls.of(aval.shape, constant=constant), raw=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """What is computed from parameters alone, with constants: a kernel on its way to the data."""
-
-    views: frozenset[View]
-
-    @classmethod
-    def of(cls, leaf: int, shape: Shape) -> "Weight":
-        """A parameter."""
-        return cls(frozenset({View.whole(leaf, shape)}))
-
-
-Value = Known | Data | Weight
-
-
-def _is_key(aval: Any) -> bool:
-    return jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
-
-
-def _is_differentiable(aval: Any) -> bool:
-    return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.inexact)
-
-
-def _is_constant(value: Value) -> bool:
-    return isinstance(value, Known) or (isinstance(value, Data) and value.constant)
-
-
-def _views(values: Iterable[Value]) -> frozenset[View]:
-    return frozenset(view for value in values if isinstance(value, Weight) for view in value.views)
-
-
-def _owned(views: Iterable[View], shape: Shape) -> frozenset[int]:
-    return frozenset(dim for view in views for dim in view.owned(shape))
-
-
-def _changed(value: Value, sources: Sequence[Sequence[int]], change: Callable[[View], View]) -> Value:
-    """A value after an operation that moves entries and does not mix them.
-
-    Args:
-        value: what it was.
-        sources: for each new dimension, the old ones that its index depends on.
-        change: the same operation for a parameter's view.
-    """
-
-    def moved(dims: frozenset[int]) -> frozenset[int]:
-        return frozenset(new for new, old in enumerate(sources) if not dims.isdisjoint(old))
-
-    def moved_whole(dims: frozenset[int]) -> frozenset[int]:
-        uses = list(itertools.chain.from_iterable(sources))
-        kept = {dim for dim in dims if uses.count(dim) == 1}
-        return frozenset(new for new, old in enumerate(sources) if len(old) == 1 and old[0] in kept)
-
-    match value:
-        case Known():
-            counts = () if value.counts is None else moved_whole(frozenset({value.counts}))
-            return Known(next(iter(counts), None), moved_whole(value.one_hot))
-        case Data():
-            return dataclasses.replace(
-                value,
-                varies=moved(value.varies),
-                one_hot=moved_whole(value.one_hot),
-                carried=frozenset(map(change, value.carried)),
-            )
-        case Weight():
-            return Weight(frozenset(map(change, value.views)))
-
-
-def _rearranged(value: Value, sources: Sequence[int | None]) -> Value:
-    old = [() if dim is None else (dim,) for dim in sources]
-    return _changed(value, old, lambda view: view.rearranged(sources))
-
-
-def _reshaped(value: Value, old: Shape, new: Shape) -> Value:
-    sources: list[Sequence[int]] = [()] * len(new)
-    for old_dims, new_dims in reshape_groups(old, new):
-        old_dims_in_use = [dim for dim in old_dims if old[dim] != 1] or list(old_dims)
-        for dim in new_dims:
-            if new[dim] != 1 or len(new_dims) == 1:
-                sources[dim] = old_dims_in_use
-    return _changed(value, sources, lambda view: view.reshaped(old, new))
-
-
-def _broadcast(value: Value, old: Shape, new: Shape) -> Value:
-    """As operations entry by entry see it: scalars and dimensions of size 1 fit anything."""
-    return _rearranged(value, [dim if old and old[dim] == size else None for dim, size in enumerate(new)])
-
-
-def _join(a: Value, b: Value) -> Value:
-    """What is known of an array that may be the one or the other; a `Weight` is not joined with `Data`."""
-    match a, b:
-        case Weight(), Weight():
-            return Weight(a.views | b.views)
-        case Data(), Data():
-            return Data(
-                a.varies | b.varies,
-                a.one_hot & b.one_hot,
-                a.raw and b.raw,
-                a.constant and b.constant,
-                a.carried & b.carried,
-            )
-        case Known(), Known():
-            return a if a == b else Known()
-        case Known(), _:
-            return dataclasses.replace(b, one_hot=frozenset(), raw=False) if isinstance(b, Data) else b
-        case _, Known():
-            return _join(b, a)
-        case _:
-            return a if isinstance(a, Data) else b
-
-
 # Reading the jaxpr.
 
 # What a loop carries settles within a few rounds, or, where it is reshaped again and again, never.
@@ -306,7 +157,7 @@ class _Reader:
 
     def end(self, outputs: Iterable[Value]) -> None:
         """Notes what is returned without having met the data."""
-        returned = most_complete(_views(outputs))
+        returned = most_complete(views_in(outputs))
         self.note(_unclear_product(view, "the output") for view in returned if view.links and view.placed)
 
     def read_jaxpr(
@@ -360,7 +211,7 @@ class _Reader:
         elif name in _CONTROL_FLOW:
             outputs = _CONTROL_FLOW[name](self, eqn, values, live)
         elif name == "split":
-            outputs = [_cut(values[0], _shape(eqn.invars[0]), _shape(var)) for var in eqn.outvars]
+            outputs = [cut(values[0], _shape(eqn.invars[0]), _shape(var)) for var in eqn.outvars]
         elif name in _EACH_BY_ITSELF and len(values) == len(eqn.outvars):
             outputs = values
         elif self._stops_gradient(eqn):
@@ -372,7 +223,7 @@ class _Reader:
         return [self._settled(value, var.aval) for value, var in zip(outputs, eqn.outvars, strict=True)]
 
     def _settled(self, value: Value, aval: Any) -> Value:
-        if jnp.issubdtype(_dtype(aval), jax.dtypes.prng_key):
+        if is_key(_dtype(aval)):
             return Known()
         # A mask that a threshold on the weights makes is a constant as far as the gradient can tell.
         return Known() if isinstance(value, Weight) and not self._is_differentiable(aval) else value
@@ -390,15 +241,15 @@ class _Reader:
     def read_unknown(self, eqn: Any, values: list[Value]) -> list[Value]:
         """The outputs of an equation of which nothing is known but which values go into it."""
         shapes = [_shape(var) for var in eqn.outvars]
-        views = most_complete(_views(values))
+        views = most_complete(views_in(values))
         if all(isinstance(value, Known) for value in values):
             return [Known() for _ in shapes]
-        if views and all(isinstance(value, Weight) or _is_constant(value) for value in values):
+        if views and all(isinstance(value, Weight) or is_constant(value) for value in values):
             return [Weight(frozenset(view.opaque(shape) for view in views)) for shape in shapes]
         name = eqn.primitive.name
         why = f"{name}: an operation on it together with the data that infer_axes cannot read"
         self.note(Use(view.leaf, "unclear", name, why) for view in views)
-        return [Data.of(shape, constant=all(map(_is_constant, values))) for shape in shapes]
+        return [Data.of(shape, constant=all(map(is_constant, values))) for shape in shapes]
 
     # Loops and branches. Each has an order of arguments of its own.
 
@@ -407,15 +258,15 @@ class _Reader:
         fixed, carried = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
         loop = id(eqn)
         each = [
-            _changed(value, [(dim,) for dim in range(1, len(_shape(var)))], lambda view: view.in_loop(loop))
+            changed(value, [(dim,) for dim in range(1, len(_shape(var)))], lambda view: view.in_loop(loop))
             for value, var in zip(values[carried:], eqn.invars[carried:], strict=True)
         ]
-        carry, stacked = self._read_loop(
+        carry, rest = self._read_loop(
             eqn, eqn.params["jaxpr"], values[:fixed], values[fixed:carried], each, live
         )
-        return [_after_loop(value, loop) for value in carry] + [
-            _stacked(value, _shape(var), loop)
-            for value, var in zip(stacked, eqn.outvars[len(carry) :], strict=True)
+        return [after_loop(value, loop) for value in carry] + [
+            stacked(value, _shape(var), loop)
+            for value, var in zip(rest, eqn.outvars[len(carry) :], strict=True)
         ]
 
     def read_while(self, eqn: Any, values: list[Value], live: list[bool]) -> list[Value]:
@@ -442,24 +293,25 @@ class _Reader:
         # What reaches a carried value in one round reaches all of them in the next.
         is_output_live = [any(live)] * len(carry) + live[len(carry) :]
         for _ in range(_MOST_ROUNDS):
-            uses, without_gradient = self.uses.copy(), self.without_gradient.copy()
+            noted, without_gradient = len(self.uses), self.without_gradient.copy()
             outputs = self.read_jaxpr(body, [*fixed, *carry, *each], is_output_live)
-            joined = list(map(_join, carry, outputs))
+            joined = list(map(join, carry, outputs))
             if joined == carry:
                 self._note_mixed_with_data(outputs, joined)
                 return carry, outputs[len(carry) :]
-            self.uses, self.without_gradient = uses, without_gradient
+            del self.uses[noted:]
+            self.without_gradient = without_gradient
             self._note_mixed_with_data(carry, joined)
             carry = joined
         why = "a loop reshapes it from round to round"
-        self.note(Use(view.leaf, "unclear", eqn.primitive.name, why) for view in _views([*carry, *outputs]))
+        self.note(Use(view.leaf, "unclear", eqn.primitive.name, why) for view in views_in([*carry, *outputs]))
         data: list[Value] = [Data.of(_shape(var)) for var in body.jaxpr.outvars]
         return data[: len(carry)], data[len(carry) :]
 
     def read_cond(self, eqn: Any, values: list[Value], live: list[bool]) -> list[Value]:
         """Every branch is read; the first argument says which of them is taken."""
         branches = [self.read_jaxpr(branch, values[1:], live) for branch in eqn.params["branches"]]
-        joined = [functools.reduce(_join, outputs) for outputs in zip(*branches, strict=True)]
+        joined = [functools.reduce(join, outputs) for outputs in zip(*branches, strict=True)]
         for outputs in branches:
             self._note_mixed_with_data(outputs, joined)
         return joined
@@ -469,7 +321,7 @@ class _Reader:
         why = "it takes the place of the data: a starting value, say"
         for value, after in zip(values, joined, strict=False):
             if isinstance(after, Data):
-                self.note(_as_no_weight(_views([value]), "a loop or a branch", why))
+                self.note(_as_no_weight(views_in([value]), "a loop or a branch", why))
 
 
 def _is_var(atom: Any) -> bool:
@@ -501,39 +353,9 @@ def _body_with_the_same_arguments(eqn: Any) -> Any:
 
 def _all_resized(values: Sequence[Value], before: Sequence[Any], after: Sequence[Any]) -> list[Value]:
     return [
-        _resized(value, _shape(old), _shape(new))
+        resized(value, _shape(old), _shape(new))
         for value, old, new in zip(values, before, after, strict=True)
     ]
-
-
-def _resized(value: Value, old: Shape, new: Shape) -> Value:
-    if old == new:
-        return value
-    return _changed(value, [(dim,) for dim in range(len(new))], lambda view: view.resized(old, new))
-
-
-def _cut(value: Value, old: Shape, new: Shape) -> Value:
-    return _changed(value, [(dim,) for dim in range(len(new))], lambda view: view.cut(old, new))
-
-
-def _after_loop(value: Value, loop: int) -> Value:
-    match value:
-        case Weight():
-            return Weight(frozenset(view.after_loop(loop) for view in value.views))
-        case Data():
-            return dataclasses.replace(value, carried=frozenset())
-        case Known():
-            return value
-
-
-def _stacked(value: Value, shape: Shape, loop: int) -> Value:
-    match value:
-        case Weight():
-            return Weight(frozenset(view.stacked(loop) for view in value.views))
-        case Data():
-            return Data.of(shape, constant=value.constant)
-        case Known():
-            return Known()
 
 
 # One function for each kind of primitive with one output: what it says about parameters, and what comes out.
@@ -541,15 +363,14 @@ def _stacked(value: Value, shape: Shape, loop: int) -> Value:
 
 def _entry_by_entry(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     name, shape = eqn.primitive.name, _shape(eqn.outvars[0])
-    values = [_broadcast(value, _shape(var), shape) for value, var in zip(values, eqn.invars, strict=True)]
+    values = [broadcast(value, _shape(var), shape) for value, var in zip(values, eqn.invars, strict=True)]
     sizes = [math.prod(_shape(var)) for var in eqn.invars]
-    views = _views(values)
-    owned = _owned(views, shape)
+    views = views_in(values)
+    owned = owned_by(views, shape)
     if len(owned) > 1:
         # What the function closes over and what runs along a kernel is a mask or a frozen kernel.
         values = [
-            Known() if _is_constant(value) and _variation(value, shape) <= owned else value
-            for value in values
+            Known() if is_constant(value) and variation(value, shape) <= owned else value for value in values
         ]
     if not any(isinstance(value, Data) for value in values):
         if not views:
@@ -577,25 +398,25 @@ def _data_entry_by_entry(name: str, values: list[Value], sizes: list[int], shape
     result = Data(
         varies=frozenset().union(*(value.varies for value in data)),
         raw=all(value.raw for value in data),
-        constant=all(map(_is_constant, values)),
+        constant=all(map(is_constant, values)),
     )
     carrying = [value for value in data if value.carried]
     # A kernel that is scaled stays one; whatever else is done to it makes it an activation.
     if name in _SCALING and len(carrying) == 1:
-        owned = _owned(carrying[0].carried, shape)
+        owned = owned_by(carrying[0].carried, shape)
         if all(value is carrying[0] or owned - value.varies for value in data):
             return dataclasses.replace(result, raw=False, carried=carrying[0].carried)
     one_hot = {dim for dim in range(len(shape)) if _is_one_hot(name, values, sizes, shape, dim)}
     return dataclasses.replace(
         result,
-        varies=result.varies.union(*(_owned(value.carried, shape) for value in carrying)),
+        varies=result.varies.union(*(owned_by(value.carried, shape) for value in carrying)),
         one_hot=frozenset(one_hot),
     )
 
 
 def _is_one_hot(name: str, values: list[Value], sizes: list[int], shape: Shape, dim: int) -> bool:
     def is_constant_along(value: Value, size: int) -> bool:
-        return size == 1 or (isinstance(value, Data) and dim not in _variation(value, shape))
+        return size == 1 or (isinstance(value, Data) and dim not in variation(value, shape))
 
     if name == "eq":
         return any(
@@ -611,17 +432,12 @@ def _is_one_hot(name: str, values: list[Value], sizes: list[int], shape: Shape, 
     )
 
 
-def _variation(value: Value, shape: Shape) -> frozenset[int]:
-    """The dimensions along which data is not constant."""
-    return value.varies | _owned(value.carried, shape) if isinstance(value, Data) else frozenset()
-
-
 def _weight_with_data_entry_by_entry(reader: _Reader, name: str, values: list[Value], shape: Shape) -> Data:
-    views = _views(values)
+    views = views_in(values)
     data = [value for value in values if isinstance(value, Data)]
-    owned = _owned(views, shape)
-    varies = frozenset[int]().union(*(_variation(value, shape) for value in data))
-    result = Data(varies, constant=all(map(_is_constant, data)))
+    owned = owned_by(views, shape)
+    varies = frozenset[int]().union(*(variation(value, shape) for value in data))
+    result = Data(varies, constant=all(map(is_constant, data)))
     # A kernel that the data scales along some of its axes may still be contracted over the others, and an
     # argument of the shape of a kernel may be a mask of it, or the frozen kernel that it is added to.
     is_modulated = _scales(name, values) and bool(owned - varies)
@@ -664,20 +480,20 @@ def _unclear_product(view: View, op: str) -> Use:
 
 
 def _transpose(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    return _rearranged(values[0], eqn.params["permutation"])
+    return rearranged(values[0], eqn.params["permutation"])
 
 
 def _reshape(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     value, old = values[0], _shape(eqn.invars[0])
     if eqn.params["dimensions"] is not None:
-        value = _rearranged(value, eqn.params["dimensions"])
+        value = rearranged(value, eqn.params["dimensions"])
         old = tuple(old[dim] for dim in eqn.params["dimensions"])
-    return _reshaped(value, old, _shape(eqn.outvars[0]))
+    return reshaped(value, old, _shape(eqn.outvars[0]))
 
 
 def _squeeze(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     kept = [dim for dim in range(len(_shape(eqn.invars[0]))) if dim not in eqn.params["dimensions"]]
-    return _rearranged(values[0], kept)
+    return rearranged(values[0], kept)
 
 
 def _broadcast_in_dim(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
@@ -685,7 +501,7 @@ def _broadcast_in_dim(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     sources: list[int | None] = [None] * len(new)
     for dim, target in enumerate(eqn.params["broadcast_dimensions"]):
         sources[target] = dim if old[dim] == new[target] else None
-    return _rearranged(values[0], sources)
+    return rearranged(values[0], sources)
 
 
 def _iota(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
@@ -693,12 +509,12 @@ def _iota(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
 
 
 def _slice(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    return _cut(values[0], _shape(eqn.invars[0]), _shape(eqn.outvars[0]))
+    return cut(values[0], _shape(eqn.invars[0]), _shape(eqn.outvars[0]))
 
 
 def _pad(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    if not isinstance(values[0], Weight) or not _is_constant(values[1]):
+    if not isinstance(values[0], Weight) or not is_constant(values[1]):
         return _joined_with_data(reader, eqn, values)
     is_cropped = any(low < 0 or high < 0 for low, high, _ in eqn.params["padding_config"])
     views = (view.cut(old, new) if is_cropped else view.diluted(old, new) for view in values[0].views)
@@ -710,17 +526,17 @@ def _concatenate(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
         return _joined_with_data(reader, eqn, values)
     new = _shape(eqn.outvars[0])
     pairs = zip(values, eqn.invars, strict=True)
-    views = [view.diluted(_shape(var), new) for value, var in pairs for view in _views([value])]
+    views = [view.diluted(_shape(var), new) for value, var in pairs for view in views_in([value])]
     return Weight(frozenset(views)) if views else Known()
 
 
 def _joined_with_data(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     """Parameters in a row with the data: a class token, say."""
     name = eqn.primitive.name
-    reader.note(_as_no_weight(_views(values), name, f"{name}: it stands among the data, an input"))
+    reader.note(_as_no_weight(views_in(values), name, f"{name}: it stands among the data, an input"))
     if all(isinstance(value, Known) for value in values):
         return Known()
-    return Data.of(_shape(eqn.outvars[0]), constant=all(map(_is_constant, values)))
+    return Data.of(_shape(eqn.outvars[0]), constant=all(map(is_constant, values)))
 
 
 def _reduce(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
@@ -731,14 +547,12 @@ def _reduce(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
             return Weight(frozenset(view.reduced(over) for view in value.views))
         case Known():
             return Known()
-    owned = _owned(value.carried, old).intersection(over)
+    owned = owned_by(value.carried, old).intersection(over)
     if eqn.primitive.name == "reduce_sum" and owned and owned <= value.varies:
         # A product entry by entry and a sum: a contraction, spelled out.
         reader.note(uses_in_contraction(value.carried, "reduce_sum", contracted=over))
-    value = dataclasses.replace(
-        value, varies=_variation(value, old), one_hot=frozenset(), carried=frozenset()
-    )
-    return _rearranged(value, kept)
+    value = dataclasses.replace(value, varies=variation(value, old), one_hot=frozenset(), carried=frozenset())
+    return rearranged(value, kept)
 
 
 def _gather(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
@@ -775,7 +589,7 @@ def _looked_up(
 ) -> Value:
     operand, *indices = values
     name, shape = eqn.primitive.name, _shape(eqn.outvars[0])
-    constant = all(map(_is_constant, indices))
+    constant = all(map(is_constant, indices))
     if all(isinstance(index, Known) for index in indices):
         match operand:
             case Weight():
@@ -789,7 +603,7 @@ def _looked_up(
         reader.note(_as_no_weight(operand.views, name, why, weak=constant))
         return Data.of(shape, constant=constant, carried=map(change, operand.views) if constant else ())
     one_hot = [dim for dim, source in enumerate(sources) if source in operand.one_hot]
-    result = Data.of(shape, constant=constant and _is_constant(operand))
+    result = Data.of(shape, constant=constant and is_constant(operand))
     return dataclasses.replace(result, one_hot=frozenset(one_hot))
 
 
@@ -809,8 +623,8 @@ def _written_into(
     if any(isinstance(value, Data) for value in (operand, updates, *indices)):
         return _joined_with_data(reader, eqn, [operand, updates, *indices])
     shape = _shape(eqn.outvars[0])
-    written = frozenset(view.opaque(shape) for view in _views([updates]))
-    views = _views([operand]) | written
+    written = frozenset(view.opaque(shape) for view in views_in([updates]))
+    views = views_in([operand]) | written
     return Weight(views) if views else Known()
 
 
@@ -830,7 +644,7 @@ class _Operand:
     @property
     def kernels(self) -> frozenset[View]:
         """The parameters that this side is a kernel of, or may be."""
-        return self.value.carried if isinstance(self.value, Data) else _views([self.value])
+        return self.value.carried if isinstance(self.value, Data) else views_in([self.value])
 
 
 def _dot_general(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
@@ -846,7 +660,7 @@ def _dot_general(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     pending: list[View] = []
     for side, other, sources in ((a, b, sources_a), (b, a, sources_b)):
         _note_contraction(reader, eqn, side, other)
-        if isinstance(side.value, Weight) and _is_constant(other.value):
+        if isinstance(side.value, Weight) and is_constant(other.value):
             pending += (view.times_constant(side.contracted, sources, shape) for view in side.value.views)
     return _product_of_data(values, shape, pending)
 
@@ -858,7 +672,7 @@ def _ragged_dot_general(reader: _Reader, eqn: Any, values: list[Value]) -> Value
     batch = [[*dims, *more] for dims, more in zip(batch, groups, strict=True)]
     a, b = map(_Operand, values[:2], map(_shape, eqn.invars[:2]), contracted, batch)
     if isinstance(a.value, Weight):
-        reader.note(_unclear_product(view, eqn.primitive.name) for view in _views(values))
+        reader.note(_unclear_product(view, eqn.primitive.name) for view in views_in(values))
     else:
         _note_contraction(reader, eqn, b, a)
     return _product_of_data(values, _shape(eqn.outvars[0]))
@@ -869,13 +683,13 @@ def _conv_general_dilated(reader: _Reader, eqn: Any, values: list[Value]) -> Val
     out, *contracted = eqn.params["dimension_numbers"].rhs_spec
     image, kernel = values
     if isinstance(image, Weight) and isinstance(kernel, Weight):
-        reader.note(_unclear_product(view, name) for view in _views(values))
+        reader.note(_unclear_product(view, name) for view in views_in(values))
     elif isinstance(image, Weight):
         why = f"{name}: it is what is convolved, an input"
         reader.note(_as_no_weight(image.views, name, why))
     groups = eqn.params["feature_group_count"]
     if not isinstance(image, Weight) or isinstance(kernel, Data):
-        kernels = _map_views(kernel, lambda view: view.without_groups(out, groups))
+        kernels = with_views_changed(kernel, lambda view: view.without_groups(out, groups))
         own = _Operand(kernels, _shape(eqn.invars[1]), contracted, ())
         _note_contraction(reader, eqn, own, _Operand(image, _shape(eqn.invars[0]), (), ()))
     return _product_of_data(values, _shape(eqn.outvars[0]))
@@ -884,7 +698,7 @@ def _conv_general_dilated(reader: _Reader, eqn: Any, values: list[Value]) -> Val
 def _note_contraction(reader: _Reader, eqn: Any, side: _Operand, other: _Operand) -> None:
     """Notes what the parameters on one side of a product are there, given what is on the other."""
     is_activation = isinstance(side.value, Data) and (
-        isinstance(other.value, Weight) or (side.value.constant and _is_constant(other.value))
+        isinstance(other.value, Weight) or (side.value.constant and is_constant(other.value))
     )
     if is_activation or not side.kernels:
         return
@@ -901,24 +715,14 @@ def _note_contraction(reader: _Reader, eqn: Any, side: _Operand, other: _Operand
 def _product_of_data(values: list[Value], shape: Shape, carried: Iterable[View] = ()) -> Value:
     if all(isinstance(value, Known) for value in values):
         return Known()
-    constant = all(isinstance(value, Weight) or _is_constant(value) for value in values)
+    constant = all(isinstance(value, Weight) or is_constant(value) for value in values)
     return Data.of(shape, constant=constant, carried=carried)
-
-
-def _map_views(value: Value, change: Callable[[View], View]) -> Value:
-    match value:
-        case Weight():
-            return Weight(frozenset(map(change, value.views)))
-        case Data():
-            return dataclasses.replace(value, carried=frozenset(map(change, value.carried)))
-        case Known():
-            return value
 
 
 def _all_gather(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
     if len(old) == len(new):
-        return _resized(values[0], old, new)
+        return resized(values[0], old, new)
     return reader.read_unknown(eqn, values)[0]
 
 
