@@ -9,6 +9,8 @@ from ._axes import out_last as out_last
 from ._centralize import centralize as centralize
 from ._centralize import centralize_gradients as centralize_gradients
 from ._centralize import centralized as centralized
+from ._report import removed_fraction as removed_fraction
+from ._report import summarize as summarize
 from ._trace import infer_axes as infer_axes
 
 __version__ = importlib.metadata.version("gc_optax")

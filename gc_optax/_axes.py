@@ -76,6 +76,42 @@ class WeightAxes:
             if not (isinstance(axes, tuple) and all(map(_is_axis, axes))):
                 raise TypeError(f"WeightAxes.{field} must be a tuple of ints, got {axes!r}")
 
+    def to_muon(self) -> optax.contrib.MuonDimensionNumbers | None:
+        """The same axes for `optax.contrib.muon`, which orthogonalizes the matrix that they make.
+
+        The axes in neither `fan_in` nor `fan_out` are batch axes there too: each layer of a stack is a
+        matrix of its own.
+
+        Returns:
+            `MuonDimensionNumbers(fan_in, fan_out)`, or `None`, which leaves the parameter to Adam, where
+            there is no matrix: where `fan_in` or `fan_out` is empty.
+
+        Example:
+            One tree of axes for both:
+
+            >>> import gc_optax
+            >>> import jax
+            >>> import jax.numpy as jnp
+            >>> import optax
+            >>> def loss(params, x):
+            ...     return jnp.sum(jnp.einsum("eti,eio->eto", x, params["experts"]) + params["bias"])
+            >>> params = {"experts": jnp.ones((2, 4, 8)), "bias": jnp.zeros((8,))}
+            >>> axes = gc_optax.infer_axes(loss, params, jnp.ones((2, 3, 4)))
+            >>> matrices = jax.tree.map(gc_optax.WeightAxes.to_muon, axes)
+            >>> matrices
+            {'bias': None, 'experts': MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))}
+            >>> muon = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=matrices)
+            >>> optimizer = optax.chain(gc_optax.centralize(axes), muon)
+            >>> state = optimizer.init(params)
+
+        References:
+            Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
+            https://kellerjordan.github.io/posts/muon/
+        """
+        if not (self.fan_in and self.fan_out):
+            return None
+        return optax.contrib.MuonDimensionNumbers(self.fan_in, self.fan_out)
+
 
 def out_last(params: PyTree) -> PyTree:
     """The convention of Flax, Haiku and Keras: every axis but the last is fan-in.
@@ -192,10 +228,10 @@ def settle(params: PyTree, axes: Axes, mask: Mask) -> list[WeightAxes]:
     absent there is an entry too, whatever `axes` and `mask` have in its place.
     """
     axes_tree = out_last(params) if axes is None else _resolve(axes, params)
-    given = _match("axes", axes_tree, params, prefix=False)
+    given = match("axes", axes_tree, params, prefix=False)
     if mask is None:
         return [_settle_leaf(*place, keep=True) for place in given]
-    kept = _match("mask", _resolve(mask, params), params, prefix=True)
+    kept = match("mask", _resolve(mask, params), params, prefix=True)
     return [_settle_leaf(*place, keep) for place, (_, _, keep) in zip(given, kept, strict=True)]
 
 
@@ -415,7 +451,7 @@ def _resolve(given: Any, params: PyTree) -> PyTree:
     return given(params) if _is_function(given) else given
 
 
-def _match(role: str, tree: PyTree, params: PyTree, *, prefix: bool) -> list[tuple[Path, Any, Any]]:
+def match(role: str, tree: PyTree, params: PyTree, *, prefix: bool) -> list[tuple[Path, Any, Any]]:
     """Each leaf of `params` with its path and what `tree` has in the same place.
 
     `jax.tree.map` does this too, but it cannot say where two trees differ, it does not match a full
@@ -553,7 +589,14 @@ def _at(path: Path) -> str:
     return jtu.keystr(path) or "the root"
 
 
+def path_text(path: Path) -> str:
+    """A path for the eye: "block_0/attention/kernel"."""
+    inside = [key for key in path if (key,) != _BOX]
+    return jtu.keystr(tuple(inside), simple=True, separator="/") or "(root)"
+
+
 def place(path: Path, leaf: Any) -> str:
+    """A leaf for the reader of an error message."""
     return f"{_at(path)}, shape {leaf.shape}" if is_array_like(leaf) else _at(path)
 
 

@@ -38,3 +38,33 @@ def subtract_mean(gradient: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def removed_share(gradient: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    r"""The share of the squared norm of a gradient that `subtract_mean` takes away.
+
+    With \(\bar g\) the mean of the weight vector \(g\) and \(n\) the number of its inputs, this is
+    \(\sum n \lvert \bar g \rvert^2 / \sum \lVert g \rVert^2\), both sums over all weight vectors.
+
+    Args:
+        gradient: an array of any shape and of a real or complex floating-point dtype.
+        axes: the fan-in axes, not negative.
+
+    Returns:
+        A float32 scalar in [0, 1], 0 for a gradient that is zero.
+    """
+    wide = gradient.astype(_accumulator(gradient.dtype))
+    largest = jnp.max(jnp.abs(wide))
+    # Squares of very large and of very small entries are out of range: the largest becomes 1.
+    scaled = wide / jnp.where(largest == 0, 1, largest)
+    vectors = jnp.mean(scaled, axes, keepdims=True)
+    inputs = scaled.size // vectors.size
+    share = inputs * jnp.sum(jnp.abs(vectors) ** 2) / jnp.maximum(jnp.sum(jnp.abs(scaled) ** 2), 1)
+    return jnp.minimum(share, 1).astype(jnp.float32)
+
+
+@jax.jit
+def squared_norm(gradient: jax.Array) -> jax.Array:
+    """The sum of the squared absolute values of an array, a real scalar in at least float32."""
+    return jnp.sum(jnp.abs(gradient.astype(_accumulator(gradient.dtype))) ** 2)

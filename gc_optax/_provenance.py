@@ -293,7 +293,7 @@ def _use(
     if entrance is None:
         return unclear("a product of parameters: which of them meets the data first cannot be told")
     if not entrance:
-        why = f"{op}: no axis of it is summed over with the data"
+        why = f"{op}: none of its axes is summed over"
         return Use(view.leaf, "no weight", op, why, weak=bool(view.summed or view.links))
     if split := entrance & (rest | looped):
         return unclear(f"{op}: the data meets only a part of {listed(split)}, the rest is used otherwise")
@@ -310,7 +310,7 @@ def _use(
         pieces for dim, pieces in enumerate(view.dims) if dim not in contracted and dim not in batch
     )
     passed_on = frozenset(axis for link in view.links for axis in link.axes)
-    why = f"{op} contracts {listed(entrance)} with the data"
+    why = f"{op} over {listed(entrance)}"
     return Use(view.leaf, "weight", op, why, entrance, (inner | passed_on) - entrance)
 
 

@@ -94,7 +94,7 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
         >>> axes["head"].fan_in
         (1,)
         >>> axes["bias"].fan_in, axes["bias"].why
-        ((), 'add: entry by entry with the data, a bias, a scale or a gate')
+        ((), 'add: a bias, a scale or a gate')
 
     References:
         The primitives are those of https://docs.jax.dev/en/latest/jax.lax.html
@@ -442,7 +442,7 @@ def _weight_with_data_entry_by_entry(reader: _Reader, name: str, values: list[Va
     # argument of the shape of a kernel may be a mask of it, or the frozen kernel that it is added to.
     is_modulated = _scales(name, values) and bool(owned - varies)
     is_corrected = all(value.raw for value in data) and len(owned) > 1 and varies <= owned
-    why = f"{name}: entry by entry with the data, a bias, a scale or a gate"
+    why = f"{name}: a bias, a scale or a gate"
     if is_modulated or is_corrected:
         reader.note(_as_no_weight(views, name, why, weak=True))
         return dataclasses.replace(result, carried=_as_correction(views, shape) if is_corrected else views)
@@ -533,7 +533,7 @@ def _concatenate(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
 def _joined_with_data(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     """Parameters in a row with the data: a class token, say."""
     name = eqn.primitive.name
-    reader.note(_as_no_weight(views_in(values), name, f"{name}: it stands among the data, an input"))
+    reader.note(_as_no_weight(views_in(values), name, f"{name}: an input, in a row with the data"))
     if all(isinstance(value, Known) for value in values):
         return Known()
     return Data.of(_shape(eqn.outvars[0]), constant=all(map(is_constant, values)))
@@ -599,7 +599,7 @@ def _looked_up(
             case Known():
                 return Known()
     if isinstance(operand, Weight):
-        why = f"{name}: a lookup table, the data says which entries are read"
+        why = f"{name}: a lookup table"
         reader.note(_as_no_weight(operand.views, name, why, weak=constant))
         return Data.of(shape, constant=constant, carried=map(change, operand.views) if constant else ())
     one_hot = [dim for dim, source in enumerate(sources) if source in operand.one_hot]
@@ -685,7 +685,7 @@ def _conv_general_dilated(reader: _Reader, eqn: Any, values: list[Value]) -> Val
     if isinstance(image, Weight) and isinstance(kernel, Weight):
         reader.note(_unclear_product(view, name) for view in views_in(values))
     elif isinstance(image, Weight):
-        why = f"{name}: it is what is convolved, an input"
+        why = f"{name}: an input, it is what is convolved"
         reader.note(_as_no_weight(image.views, name, why))
     groups = eqn.params["feature_group_count"]
     if not isinstance(image, Weight) or isinstance(kernel, Data):
@@ -706,7 +706,7 @@ def _note_contraction(reader: _Reader, eqn: Any, side: _Operand, other: _Operand
     pairs = list(zip(side.contracted, other.contracted, strict=False))
     one_hot = other.value.one_hot if isinstance(other.value, Data) else frozenset()
     if pairs and all(dim in one_hot or side.shape[own] == 1 for own, dim in pairs):
-        why = f"{name}: a lookup table, read with one-hot arrays"
+        why = f"{name} with one-hot arrays: a lookup table"
         reader.note(_as_no_weight(side.kernels, name, why))
     else:
         reader.note(uses_in_contraction(side.kernels, name, contracted=side.contracted, batch=side.batch))

@@ -1,0 +1,259 @@
+"""For people: what is centralized, over what and why, and how much of the gradient that removes."""
+
+import dataclasses
+import io
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._axes import (
+    Axes,
+    Mask,
+    Path,
+    PyTree,
+    WeightAxes,
+    is_absent,
+    is_array_like,
+    match,
+    path_text,
+    place,
+    settle,
+    warn_of_unsettled_kernels,
+)
+from ._mean import removed_share, squared_norm
+
+# Wide enough for the reasons, narrow enough for a page.
+_WIDTH = 140
+
+
+def removed_fraction(gradients: PyTree, axes: Axes = None, *, mask: Mask = None) -> PyTree:
+    r"""How much of the gradient of each parameter centralization removes.
+
+    With \(\bar g\) the mean part of a gradient \(g\), in which every weight vector is replaced by its
+    mean over its inputs,
+
+    $$
+    \frac{\lVert \bar g \rVert^2}{\lVert g \rVert^2}
+    = 1 - \frac{\lVert g - \bar g \rVert^2}{\lVert g \rVert^2}
+    $$
+
+    A gradient of independent entries has the fraction \(1 / n\) in expectation, \(n\) being the
+    fan-in. Near 0, centralization does nothing; near 1, it removes the direction in which the
+    parameter wants to go.
+
+    Args:
+        gradients: a tree of arrays.
+        axes: as for `centralize`.
+        mask: as for `centralize`.
+
+    Returns:
+        A tree with the structure of `gradients` and a float32 scalar in [0, 1] at each leaf: 0 for what is
+        left alone and for a gradient that is zero. `None` and `optax.MaskedNode` stay as they are.
+
+    Raises:
+        ValueError: as the `init` of `centralize`.
+        TypeError: as the `init` of `centralize`.
+
+    Example:
+        As a metric of a training loop, measured before the gradient is centralized:
+
+        >>> import functools
+        >>> import gc_optax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> axes = {"kernel": 0}
+        >>> removed = functools.partial(gc_optax.removed_fraction, axes=axes)
+        >>> optimizer = optax.chain(
+        ...     optax.monitor({"removed": removed}), gc_optax.centralize(axes), optax.adam(1e-2)
+        ... )
+        >>> params = {"kernel": jnp.zeros((2, 2))}
+        >>> state = optimizer.init(params)
+        >>> gradients = {"kernel": jnp.array([[1.0, 2.0], [1.0, 0.0]])}
+        >>> updates, state = optimizer.update(gradients, state, params)
+        >>> print(optax.tree.get(state, "removed"))
+        {'kernel': Array(0.6666667, dtype=float32)}
+
+    References:
+        Yong et al., ECCV 2020, https://arxiv.org/abs/2004.01461
+    """
+    settled = settle(gradients, axes, mask)
+    if axes is None:
+        warn_of_unsettled_kernels(gradients, settled)
+    leaves, structure = jax.tree.flatten(gradients, is_leaf=is_absent)
+    fractions = [
+        leaf if is_absent(leaf) else removed_share(leaf, axes.fan_in) if axes.fan_in else jnp.float32(0)
+        for leaf, axes in zip(leaves, settled, strict=True)
+    ]
+    return jax.tree.unflatten(structure, fractions)
+
+
+def summarize(params: PyTree, axes: Axes = None, *, mask: Mask = None, gradients: PyTree = None) -> str:
+    """A table of what is centralized, over which axes and why.
+
+    Each parameter has a row, those that are left alone too. Parameters that differ only in an index of
+    their path (the blocks of a transformer) share one.
+
+    Args:
+        params: the parameters, a tree of arrays or of `jax.ShapeDtypeStruct`s.
+        axes: as for `centralize`, what `infer_axes` returns for example.
+        mask: as for `centralize`.
+        gradients: a tree with the structure and the shapes of `params`. With it the table also has the
+            share of the squared norm of the gradient that centralization removes.
+
+    Returns:
+        The table as text, 140 columns wide at most, and a last line with totals.
+
+    Raises:
+        ValueError: as the `init` of `centralize`; and if `gradients` has not the structure and the shapes
+            of `params`.
+        TypeError: as the `init` of `centralize`.
+        ImportError: if `rich` is not installed.
+
+    Example:
+        >>> import gc_optax
+        >>> import jax.numpy as jnp
+        >>> block = {"kernel": jnp.ones((64, 10)), "bias": jnp.ones((10,))}
+        >>> print(gc_optax.summarize({f"block_{number}": block for number in range(3)}))
+        parameter            shape     mean over  fan-in  vectors  why
+        ────────────────────────────────────────────────────────────────────────────────────────────
+        block_{0..2}/bias    (10,)             -       -        -  rank 1: no weight matrix
+        block_{0..2}/kernel  (64, 10)          0      64       30  out_last: every axis but the last
+        <BLANKLINE>
+        3 of 6 parameters are centralized: 1,920 of 1,950 entries, in 30 weight vectors.
+
+    References:
+        The table is made by Rich, https://rich.readthedocs.io
+    """
+    settled = settle(params, axes, mask)
+    matched = match("gradients", params if gradients is None else gradients, params, prefix=False)
+    rows = [
+        _row(path, leaf, axes, None if gradients is None else gradient)
+        for (path, leaf, gradient), axes in zip(matched, settled, strict=True)
+        if not is_absent(leaf)
+    ]
+    table = _table(_collapsed(rows), with_gradients=gradients is not None)
+    return f"{table}\n\n{_totals(rows, with_gradients=gradients is not None)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One line of the table: a parameter, or several that differ in an index of their path.
+
+    Args:
+        path: the path as text, cut before and after each index in it.
+        shape: the shape of each of them.
+        axes: the axes of each of them.
+        count: how many they are.
+        squared_norm: of their gradients together.
+        removed: how much of that is removed.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    axes: WeightAxes
+    count: int = 1
+    squared_norm: float = 0.0
+    removed: float = 0.0
+
+    @property
+    def fan_in(self) -> int:
+        """The number of inputs of a weight vector."""
+        return math.prod(self.shape[axis] for axis in self.axes.fan_in)
+
+    @property
+    def entries(self) -> int:
+        """The number of entries of all the parameters."""
+        return self.count * math.prod(self.shape)
+
+    @property
+    def vectors(self) -> int:
+        """The number of weight vectors that are centralized."""
+        return self.entries // self.fan_in if self.axes.fan_in else 0
+
+    def cells(self) -> list[str]:
+        """What the table shows."""
+        cells = ["".join(self.path), str(self.shape)]
+        if self.axes.fan_in:
+            axes = ", ".join(map(str, self.axes.fan_in))
+            return [*cells, axes, f"{self.fan_in:,}", f"{self.vectors:,}", self.axes.why, _percent([self])]
+        return [*cells, "-", "-", "-", self.axes.why, "-"]
+
+
+def _percent(rows: list[_Row]) -> str:
+    """How much of the squared norm of the gradient of some parameters is removed."""
+    of_all = sum(row.squared_norm for row in rows)
+    return f"{sum(row.removed for row in rows) / of_all:.1%}" if of_all else "0.0%"
+
+
+def _row(path: Path, leaf: Any, axes: WeightAxes, gradient: Any) -> _Row:
+    shape = tuple(getattr(leaf, "shape", ()))
+    parts = tuple(re.split(r"(\d+)", path_text(path)))
+    if gradient is None:
+        return _Row(parts, shape, axes)
+    if not is_array_like(gradient) or gradient.shape != shape:
+        raise ValueError(f"the gradient of {place(path, leaf)} is {gradient!r}")
+    if not jnp.issubdtype(gradient.dtype, jnp.inexact):
+        return _Row(parts, shape, axes)
+    norm = float(squared_norm(gradient))
+    share = float(removed_share(gradient, axes.fan_in)) if axes.fan_in else 0.0
+    return _Row(parts, shape, axes, squared_norm=norm, removed=share * norm)
+
+
+def _collapsed(rows: list[_Row]) -> list[_Row]:
+    """With one row for those that differ in one index only, and so on for the other indices."""
+    longest = max((len(row.path) for row in rows), default=0)
+    for position in range(1, longest, 2):
+        groups: dict[Any, list[_Row]] = {}
+        for number, row in enumerate(rows):
+            rest = (row.path[:position], row.path[position + 1 :], row.shape, row.axes, row.count)
+            groups.setdefault(rest if position < len(row.path) else number, []).append(row)
+        rows = [_together(group, position) for group in groups.values()]
+    return rows
+
+
+def _together(rows: list[_Row], position: int) -> _Row:
+    if len(rows) == 1:
+        return rows[0]
+    indices = sorted(int(row.path[position]) for row in rows)
+    is_run = len(indices) > 2 and indices == list(range(indices[0], indices[-1] + 1))
+    path = list(rows[0].path)
+    path[position] = "{" + (f"{indices[0]}..{indices[-1]}" if is_run else ",".join(map(str, indices))) + "}"
+    return dataclasses.replace(
+        rows[0],
+        path=tuple(path),
+        count=sum(row.count for row in rows),
+        squared_norm=sum(row.squared_norm for row in rows),
+        removed=sum(row.removed for row in rows),
+    )
+
+
+def _table(rows: list[_Row], *, with_gradients: bool) -> str:
+    try:
+        from rich import box, console, table, text
+    except ImportError as error:
+        raise ImportError("summarize needs Rich: pip install rich") from error
+    shown = table.Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    headings = ["parameter", "shape", "mean over", "fan-in", "vectors", "why", "removed"]
+    for heading in headings if with_gradients else headings[:-1]:
+        is_text = heading in ("parameter", "shape", "why")
+        shown.add_column(heading, justify="left" if is_text else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*(text.Text(cell) for cell in row.cells()[: len(shown.columns)]))
+    printed = io.StringIO()
+    console.Console(file=printed, width=_WIDTH).print(shown)
+    return "\n".join(line.rstrip() for line in printed.getvalue().strip().split("\n"))
+
+
+def _totals(rows: list[_Row], *, with_gradients: bool) -> str:
+    centralized = [row for row in rows if row.axes.fan_in]
+    entries, of_all = (sum(row.entries for row in some) for some in (centralized, rows))
+    text = (
+        f"{len(centralized):,} of {len(rows):,} parameters are centralized: {entries:,} of {of_all:,} "
+        f"entries, in {sum(row.vectors for row in centralized):,} weight vectors."
+    )
+    if with_gradients:
+        text += f" That removes {_percent(rows)} of the squared norm of the gradient."
+    return text
