@@ -84,13 +84,13 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
         >>> import jax.numpy as jnp
         >>> from gc_optax import infer_axes
         >>> def model(params, x):  # two experts, and a head in PyTorch's layout
-        ...     h = jnp.einsum("bi,eio->beo", x, params["experts"]) + params["bias"]
-        ...     return h.mean(axis=1) @ params["head"].T
-        >>> shapes = {"experts": (2, 8, 16), "bias": (2, 16), "head": (4, 16)}
+        ...     h = jnp.einsum("ebi,eio->ebo", x, params["experts"]) + params["bias"]
+        ...     return h @ params["head"].T
+        >>> shapes = {"experts": (2, 8, 16), "bias": (16,), "head": (4, 16)}
         >>> params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-        >>> axes = infer_axes(model, params, jnp.ones((3, 8)))
+        >>> axes = infer_axes(model, params, jnp.ones((2, 3, 8)))
         >>> axes["experts"].fan_in, axes["experts"].fan_out  # axis 0 is neither: a batch axis
-        ((1,), (0, 2))
+        ((1,), (2,))
         >>> axes["head"].fan_in
         (1,)
         >>> axes["bias"].fan_in, axes["bias"].why
@@ -215,7 +215,7 @@ class _Reader:
         elif name in _EACH_BY_ITSELF and len(values) == len(eqn.outvars):
             outputs = values
         elif self._stops_gradient(eqn):
-            outputs = [Known() if isinstance(values[0], Weight) else values[0]]
+            outputs = [self._as_constant(values[0])]
         elif body := _body_with_the_same_arguments(eqn):
             outputs = self._read_body(eqn, body, values, live)
         else:
@@ -226,7 +226,11 @@ class _Reader:
         if is_key(_dtype(aval)):
             return Known()
         # A mask that a threshold on the weights makes is a constant as far as the gradient can tell.
-        return Known() if isinstance(value, Weight) and not self._is_differentiable(aval) else value
+        return value if self._is_differentiable(aval) else self._as_constant(value)
+
+    def _as_constant(self, value: Value) -> Value:
+        self.without_gradient.update(view.leaf for view in views_in([value]))
+        return Known() if isinstance(value, Weight) else value
 
     def _read_body(self, eqn: Any, body: Any, values: list[Value], live: list[bool]) -> list[Value]:
         """The outputs of an equation that does what the jaxpr does that it holds."""
@@ -441,7 +445,8 @@ def _weight_with_data_entry_by_entry(reader: _Reader, name: str, values: list[Va
     # A kernel that the data scales along some of its axes may still be contracted over the others, and an
     # argument of the shape of a kernel may be a mask of it, or the frozen kernel that it is added to.
     is_modulated = _scales(name, values) and bool(owned - varies)
-    is_corrected = all(value.raw for value in data) and len(owned) > 1 and varies <= owned
+    runs_along = varies == owned or (varies < owned and not any(view.links for view in views))
+    is_corrected = all(value.raw for value in data) and len(owned) > 1 and runs_along
     why = f"{name}: a bias, a scale or a gate"
     if is_modulated or is_corrected:
         reader.note(_as_no_weight(views, name, why, weak=True))

@@ -1,0 +1,933 @@
+"""What `infer_axes` reads off a computation, against truth written by hand and truth by construction."""
+
+import contextlib
+import functools
+import math
+import string
+from typing import Any, NamedTuple
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from gc_optax import WeightAxes, infer_axes
+
+ALONE = ()
+
+
+class Case(NamedTuple):
+    """A computation, its parameters and other arguments, and the fan-in of each parameter."""
+
+    name: str
+    fn: Any
+    params: Any
+    args: tuple[Any, ...]
+    fan_in: Any
+    unclear: str = ""  # what the warning has to say, where there has to be one
+
+
+def f32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def fan_in_of(fn, params, *args, **kwargs):
+    return jax.tree.map(lambda axes: axes.fan_in, infer_axes(fn, params, *args, **kwargs))
+
+
+def check(case):
+    warns = pytest.warns(UserWarning, match=case.unclear) if case.unclear else contextlib.nullcontext()
+    with warns:
+        assert fan_in_of(case.fn, case.params, *case.args) == case.fan_in
+
+
+def named(case):
+    return case.name
+
+
+x = jnp.ones((3, 4))
+images = jnp.ones((2, 8, 8, 4))
+tokens = jnp.array([1, 2])
+dense = f32(4, 6)
+conv = functools.partial(
+    lax.conv_general_dilated,
+    window_strides=(1, 1),
+    padding="SAME",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+)
+
+
+# A weight and the data, in one operation.
+
+
+@jax.custom_vjp
+def int8_dense(w, x):
+    return (x.astype(jnp.int8) @ w.astype(jnp.int8)).astype(jnp.float32)
+
+
+int8_dense.defvjp(lambda w, x: (int8_dense(w, x), (w, x)), lambda wx, g: (wx[1].T @ g, g @ wx[0].T))
+
+
+@jax.custom_jvp
+def dense_with_own_tangent(w, x):
+    return x @ w
+
+
+dense_with_own_tangent.defjvp(lambda primals, tangents: (primals[1] @ primals[0], tangents[1] @ primals[0]))
+
+USES = [
+    Case("x @ w", lambda w, x: x @ w, dense, (x,), (0,)),
+    Case("x @ w.T", lambda w, x: x @ w.T, f32(6, 4), (x,), (1,)),
+    Case("w @ x", lambda w, x: w @ x.T, f32(6, 4), (x,), (1,)),
+    Case("a vector", lambda w, x: x @ w, f32(4), (x,), (0,)),
+    Case("a bias", lambda b, x: x + b, f32(4), (x,), ALONE),
+    Case("learned positions", lambda p, x: x + p, f32(3, 4), (x,), ALONE),
+    Case("a scale", lambda s, x: x * s, f32(4), (x,), ALONE),
+    Case("a gate", lambda g, x: jax.nn.sigmoid(g) * x, f32(3, 4), (x,), ALONE),
+    Case(
+        "a temperature",
+        lambda p, x: (x / p["t"]) @ p["w"],
+        {"t": f32(), "w": dense},
+        (x,),
+        {"t": ALONE, "w": (0,)},
+    ),
+    Case("not used", lambda w, x: x, dense, (x,), ALONE),
+    Case("fan-in 1", lambda w, x: x[:, :1] @ w, f32(1, 6), (x,), ALONE),
+    Case("a multiplication and a sum", lambda w, x: (x[:, :, None] * w).sum(1), dense, (x,), (0,)),
+    Case("conv", lambda w, x: conv(x, w), f32(3, 3, 4, 8), (images,), (0, 1, 2)),
+    Case(
+        "grouped conv", lambda w, x: conv(x, w, feature_group_count=2), f32(3, 3, 2, 8), (images,), (0, 1, 2)
+    ),
+    Case(
+        "depthwise conv",
+        lambda w, x: conv(x, w, feature_group_count=4),
+        f32(3, 3, 1, 4),
+        (images,),
+        (0, 1, 2),
+    ),
+    Case(
+        "depthwise 1x1 conv",
+        lambda w, x: conv(x, w, feature_group_count=4),
+        f32(1, 1, 1, 4),
+        (images,),
+        ALONE,
+    ),
+    Case(
+        "conv in PyTorch's layout",
+        lambda w, x: lax.conv(x, w, (1, 1), "SAME"),
+        f32(8, 4, 3, 3),
+        (f32(2, 4, 8, 8),),
+        (1, 2, 3),
+    ),
+    Case(
+        "transposed conv",
+        lambda w, x: lax.conv_transpose(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
+        f32(3, 3, 4, 5),
+        (images,),
+        (0, 1, 2),
+    ),
+    Case(
+        "transposed conv, transpose_kernel=True",
+        lambda w, x: lax.conv_transpose(
+            x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), transpose_kernel=True
+        ),
+        f32(3, 3, 5, 4),
+        (images,),
+        (0, 1, 3),
+    ),
+    Case("conv over a learned image", lambda w, k: conv(w, k), f32(1, 8, 8, 4), (f32(3, 3, 4, 8),), ALONE),
+    Case("experts", lambda w, x: jnp.einsum("eti,eio->eto", x, w), f32(2, 4, 6), (f32(2, 3, 4),), (1,)),
+    Case("vmap of the weights", jax.vmap(lambda w, x: x @ w, (0, None)), f32(2, 4, 6), (x,), (1,)),
+    Case("vmap of the data", jax.vmap(lambda w, x: w @ x, (None, 0)), f32(6, 4), (x,), (1,)),
+    Case(
+        "vmap of a conv's kernels",
+        jax.vmap(lambda w, x: conv(x, w), (0, None)),
+        f32(7, 3, 3, 4, 8),
+        (images,),
+        (1, 2, 3),
+    ),
+    Case(
+        "ragged experts", lambda w, x, n: lax.ragged_dot(x, w, n), f32(2, 4, 6), (x, jnp.array([1, 2])), (1,)
+    ),
+    Case("a lookup", lambda e, i: e[i], f32(10, 4), (tokens,), ALONE),
+    Case("jnp.take", lambda e, i: jnp.take(e, i, axis=0), f32(10, 4), (tokens,), ALONE),
+    Case("a lookup of one row", lambda e, i: e[i], f32(10, 4), (jnp.int32(3),), ALONE),
+    Case("jax.nn.one_hot", lambda e, i: jax.nn.one_hot(i, 10) @ e, f32(10, 4), (tokens,), ALONE),
+    Case(
+        "one-hot, masked",
+        lambda e, i, m: (jax.nn.one_hot(i, 10) * m[:, None]) @ e,
+        f32(10, 4),
+        (tokens, jnp.ones(2)),
+        ALONE,
+    ),
+    Case(
+        "one-hot by comparison",
+        lambda e, i: (jnp.arange(10) == i[:, None]).astype(jnp.float32) @ e,
+        f32(10, 4),
+        (tokens,),
+        ALONE,
+    ),
+    Case("one-hot by jnp.eye", lambda e, i: jnp.eye(10)[i] @ e, f32(10, 4), (tokens,), ALONE),
+    Case("a padding row", lambda e, i: e.at[0].set(0.0)[i], f32(10, 4), (tokens,), ALONE),
+    Case(
+        "a class token",
+        lambda p, x: jnp.concatenate([p["cls"], x]) @ p["w"],
+        {"cls": f32(1, 4), "w": dense},
+        (x,),
+        {"cls": ALONE, "w": (0,)},
+    ),
+    Case(
+        "a mask token",
+        lambda p, x: jnp.where(x > 0, x, p["m"]) @ p["w"],
+        {"m": f32(4), "w": dense},
+        (x,),
+        {"m": ALONE, "w": (0,)},
+    ),
+    Case("custom_vjp", int8_dense, dense, (x,), (0,)),
+    Case("custom_jvp", dense_with_own_tangent, dense, (x,), (0,)),
+    Case("jax.checkpoint", jax.checkpoint(lambda w, x: x @ w), dense, (x,), (0,)),
+    Case("jit", jax.jit(lambda w, x: jax.jit(jnp.matmul)(x, w)), dense, (x,), (0,)),
+]
+
+
+@pytest.mark.parametrize("case", USES, ids=named)
+def test_a_weight_meets_the_data(case):
+    check(case)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "bi,io->bo",
+        "io,bi->bo",
+        "bi,oi->bo",
+        "bij,ijo->bo",
+        "bij,oji->ob",
+        "bi,ibo->bo",
+        "bi,io->ob",
+        "i,io->o",
+        "...i,io->...o",
+    ],
+)
+def test_einsum_in_every_spelling(spelling):
+    sizes = {"b": 3, "i": 4, "j": 2, "o": 5, ".": 7}
+    names = [operand.replace("...", ".") for operand in spelling.split("->")[0].split(",")]
+    number = next(n for n, operand in enumerate(names) if "o" in operand)
+    operands = [f32(*(sizes[letter] for letter in operand)) for operand in names]
+    weight = operands.pop(number)
+
+    def product(w, x):
+        return jnp.einsum(spelling, *((w, x) if number == 0 else (x, w)))
+
+    assert fan_in_of(product, weight, *operands) == tuple(n for n, s in enumerate(names[number]) if s in "ij")
+
+
+# Arithmetic with weights before they meet the data.
+
+
+def weight_norm(p, x):
+    return x @ (p["v"] * p["g"] / jnp.linalg.norm(p["v"], axis=0))
+
+
+def spectral_norm(w, u, x):
+    v = u @ w.T
+    v = v / jnp.linalg.norm(v)
+    u = v @ w
+    u = u / jnp.linalg.norm(u)
+    u, v = lax.stop_gradient((u, v))
+    return x @ (w / (v @ w @ u.T)[0, 0]), u
+
+
+def weight_standardization(w, x):
+    return x @ ((w - w.mean(0)) / w.std(0))
+
+
+def fake_quantization(w, x):
+    scale = jnp.abs(w).max() / 127
+    return x @ (jnp.round(w / scale) * scale)
+
+
+def straight_through(w, x):
+    return x @ (w + lax.stop_gradient(jnp.sign(w) - w))
+
+
+def magnitude_pruning(w, x):
+    return x @ (w * (jnp.abs(w) > jnp.sort(jnp.abs(w).ravel())[5]))
+
+
+def lora(p, base, x):
+    return x @ (base + 0.5 * p["a"] @ p["b"])
+
+
+def dora(p, x):
+    w = p["w"] + p["a"] @ p["b"]
+    return x @ (p["m"] * w / jnp.linalg.norm(w, axis=0))
+
+
+def bayes_by_backprop(p, key, x):
+    return x @ (p["mean"] + jnp.exp(p["log_std"]) * jax.random.normal(key, (4, 6)))
+
+
+def modulated_conv(p, style, x):
+    scale = style @ p["style"]
+    kernel = p["w"] * scale[:, None]
+    return conv(x, kernel * lax.rsqrt((kernel**2).sum((0, 1, 2))))
+
+
+MASK = np.tril(np.ones((4, 6), np.float32))
+FACTORS = {"a": f32(4, 2), "b": f32(2, 6)}
+WEIGHT_LIKE = [
+    Case("a constant factor", lambda w, x: x @ (w * 2 / math.sqrt(4)), dense, (x,), (0,)),
+    Case(
+        "half precision",
+        lambda w, x: (x.astype("bfloat16") @ w.astype("bfloat16")).astype("float32"),
+        dense,
+        (x,),
+        (0,),
+    ),
+    Case("weight norm", weight_norm, {"v": dense, "g": f32(6)}, (x,), {"v": (0,), "g": ALONE}),
+    Case("spectral norm", spectral_norm, dense, (f32(1, 6), x), (0,)),
+    Case("weight standardization", weight_standardization, dense, (x,), (0,)),
+    Case("fake quantization", fake_quantization, dense, (x,), (0,)),
+    Case("a straight-through estimator", straight_through, dense, (x,), (0,)),
+    Case("magnitude pruning", magnitude_pruning, dense, (x,), (0,)),
+    Case("a constant mask", lambda w, x: x @ (w * MASK), dense, (x,), (0,)),
+    Case("jnp.tril", lambda w, x: x @ jnp.tril(w), dense, (x,), (0,)),
+    Case("a mask as an argument", lambda w, m, x: x @ (w * m), dense, (f32(4, 6), x), (0,)),
+    Case(
+        "dropped weights",
+        lambda w, key, x: x @ (w * jax.random.bernoulli(key, 0.5, w.shape)),
+        dense,
+        (jax.random.key(0), x),
+        (0,),
+    ),
+    Case(
+        "dropped weights, raw key",
+        lambda w, key, x: x @ (w * jax.random.bernoulli(key, 0.5, w.shape)),
+        dense,
+        (jax.random.PRNGKey(0), x),
+        (0,),
+    ),
+    Case(
+        "random weights",
+        bayes_by_backprop,
+        {"mean": dense, "log_std": dense},
+        (jax.random.key(0), x),
+        {"mean": (0,), "log_std": (0,)},
+    ),
+    Case("stop_gradient", lambda w, x: x @ lax.stop_gradient(w), dense, (x,), ALONE),
+    Case(
+        "LoRA on a parameter",
+        lambda p, x: lora(p, p["w"], x),
+        {**FACTORS, "w": dense},
+        (x,),
+        {"a": (0,), "b": (0,), "w": (0,)},
+    ),
+    Case(
+        "LoRA on a frozen parameter",
+        lambda p, x: lora(p, lax.stop_gradient(p["w"]), x),
+        {**FACTORS, "w": dense},
+        (x,),
+        {"a": (0,), "b": (0,), "w": ALONE},
+    ),
+    Case("LoRA on an argument", lora, FACTORS, (f32(4, 6), x), {"a": (0,), "b": (0,)}),
+    Case("LoRA on a constant", lambda p, x: lora(p, MASK, x), FACTORS, (x,), {"a": (0,), "b": (0,)}),
+    Case("LoRA beside the product", lambda p, x: x @ p["a"] @ p["b"], FACTORS, (x,), {"a": (0,), "b": (0,)}),
+    Case(
+        "LoRA in PyTorch's layout",
+        lambda p, x: x @ (p["w"] + p["b"] @ p["a"]).T,
+        {"a": f32(2, 4), "b": f32(6, 2), "w": f32(6, 4)},
+        (x,),
+        {"a": (1,), "b": (1,), "w": (1,)},
+    ),
+    Case(
+        "DoRA",
+        dora,
+        {**FACTORS, "w": dense, "m": f32(6)},
+        (x,),
+        {"a": (0,), "b": (0,), "w": (0,), "m": ALONE},
+    ),
+    Case("a delta to an argument", lambda w, base, x: x @ (base + w), dense, (f32(4, 6), x), (0,)),
+    Case(
+        "modulated conv",
+        modulated_conv,
+        {"w": f32(3, 3, 4, 8), "style": f32(5, 4)},
+        (f32(5), images),
+        {"w": (0, 1, 2), "style": (0,)},
+    ),
+    Case("a loss with weight decay", lambda w, x: (x @ w).sum() + 0.1 * (w**2).sum(), dense, (x,), (0,)),
+    Case(
+        "a loss with an orthogonality term",
+        lambda w, x: (x @ w).sum() + ((w.T @ w - jnp.eye(6)) ** 2).sum(),
+        dense,
+        (x,),
+        (0,),
+    ),
+    Case(
+        "a constant transform of the inputs",
+        lambda w, x: x @ (np.ones((4, 5), np.float32) @ w),
+        f32(5, 6),
+        (x,),
+        (0,),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", WEIGHT_LIKE, ids=named)
+def test_arithmetic_with_weights_keeps_their_axes(case):
+    check(case)
+
+
+# Weights cut, joined and reshaped before they meet the data.
+
+
+def attend(q, k, v):
+    return jax.nn.dot_product_attention(q[None], k[None], v[None])
+
+
+def qkv_split_after(w, x):
+    return attend(*(part.reshape(3, 2, 5) for part in jnp.split(x @ w, 3, -1)))
+
+
+def qkv_split_before(w, x):
+    return attend(*((x @ part).reshape(3, 2, 5) for part in jnp.split(w, 3, -1)))
+
+
+def qkv_reshaped_before(w, x):
+    w = w.reshape(4, 3, 2, 5)
+    return attend(*(jnp.einsum("ti,ihd->thd", x, w[:, part]) for part in range(3)))
+
+
+RESHAPED = [
+    Case("qkv split after", qkv_split_after, f32(4, 30), (x,), (0,)),
+    Case("qkv split before", qkv_split_before, f32(4, 30), (x,), (0,)),
+    Case("qkv reshaped before", qkv_reshaped_before, f32(4, 30), (x,), (0,)),
+    Case("qkv joined", lambda p, x: x @ jnp.concatenate(p, 1), [f32(4, 3), f32(4, 5)], (x,), [(0,), (0,)]),
+    Case("inputs joined", lambda p, x: x @ jnp.concatenate(p), [f32(1, 5), f32(3, 5)], (x,), [ALONE, (0,)]),
+    Case("heads split", lambda w, x: jnp.einsum("ti,ihd->thd", x, w.reshape(4, 2, 3)), f32(4, 6), (x,), (0,)),
+    Case("heads joined", lambda w, x: x @ w.reshape(4, 5), f32(2, 2, 5), (x,), (0, 1)),
+    Case("padded", lambda w, x: x @ jnp.pad(w, ((1, 0), (0, 3))), f32(3, 6), (x,), (0,)),
+    Case("flipped", lambda w, x: x @ w[::-1, ::-1], dense, (x,), (0,)),
+    Case("a part of the outputs", lambda w, x: x @ w[:, :3], dense, (x,), (0,)),
+    Case("layers indexed", lambda w, x: x @ w[0] @ w[1], f32(2, 4, 4), (x,), (1,)),
+    Case(
+        "layers picked", lambda w, x: jnp.einsum("ti,lio->lto", x, w[jnp.arange(2)]), f32(3, 4, 6), (x,), (1,)
+    ),
+    Case("layers on the last axis", lambda w, x: x @ w[..., 1], f32(4, 6, 2), (x,), (0,)),
+]
+
+
+@pytest.mark.parametrize("case", RESHAPED, ids=named)
+def test_weights_are_followed_through_reshapes(case):
+    check(case)
+
+
+# Loops and branches.
+
+
+def rnn(p, xs):
+    def step(h, x):
+        h = jnp.tanh(x @ p["w"] + h @ p["u"] + p["b"])
+        return h, h
+
+    return lax.scan(step, p["h0"], xs)
+
+
+def scanned(w, x):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0]
+
+
+def with_weights_in_the_carry(w, x):
+    (_, h), _ = lax.scan(lambda c, _: ((c[0], jnp.tanh(c[1] @ c[0])), None), (w, x), length=3)
+    return h
+
+
+def power(w, x):
+    return x @ lax.fori_loop(0, 3, lambda _, m: m @ w, jnp.eye(4))
+
+
+def churned(w):
+    return lax.fori_loop(0, 3, lambda _, m: m.T.reshape(2, 2, 4).transpose(1, 2, 0).reshape(4, 4), w)
+
+
+square = f32(4, 4)
+LOOPS = [
+    Case("scan over layers", scanned, f32(5, 4, 4), (x,), (1,)),
+    Case(
+        "scan in reverse",
+        lambda w, x: lax.scan(lambda h, w: (h @ w, None), x, w, reverse=True)[0],
+        f32(5, 4, 4),
+        (x,),
+        (1,),
+    ),
+    Case(
+        "scan, remat",
+        lambda w, x: lax.scan(jax.checkpoint(lambda h, w: (h @ w, None)), x, w)[0],
+        f32(5, 4, 4),
+        (x,),
+        (1,),
+    ),
+    Case(
+        "scan of a scan",
+        lambda w, x: lax.scan(lambda h, w: (scanned(w, h), None), x, w)[0],
+        f32(2, 5, 4, 4),
+        (x,),
+        (2,),
+    ),
+    Case("vmap of a scan", jax.vmap(scanned, (0, None)), f32(2, 5, 4, 4), (x,), (2,)),
+    Case(
+        "scan of a vmap",
+        lambda w, x: lax.scan(lambda h, w: (jax.vmap(jnp.matmul)(h, w), None), x, w)[0],
+        f32(5, 2, 4, 4),
+        (f32(2, 3, 4),),
+        (2,),
+    ),
+    Case(
+        "lax.map of the weights, then scan",
+        lambda w, x: scanned(lax.map(lambda w: w / jnp.linalg.norm(w), w), x),
+        f32(5, 4, 4),
+        (x,),
+        (1,),
+    ),
+    Case(
+        "an RNN",
+        rnn,
+        {"w": f32(4, 6), "u": f32(6, 6), "b": f32(6), "h0": f32(6)},
+        (x,),
+        {"w": (0,), "u": (0,), "b": ALONE, "h0": ALONE},
+    ),
+    Case("weights in the carry", with_weights_in_the_carry, square, (x,), (0,)),
+    Case(
+        "fori_loop over layers",
+        lambda w, x: lax.fori_loop(0, 5, lambda i, h: h @ w[i], x),
+        f32(5, 4, 4),
+        (x,),
+        (1,),
+    ),
+    Case("a power of the weights", power, square, (x,), (0,)),
+    Case(
+        "while_loop",
+        lambda w, x: lax.while_loop(lambda c: c[0] < 5, lambda c: (c[0] + 1, c[1] @ w[c[0]]), (0, x))[1],
+        f32(5, 4, 4),
+        (x,),
+        (1,),
+    ),
+    Case(
+        "while_loop until the data says so",
+        lambda w, x: lax.while_loop(lambda h: h.sum() < 5, lambda h: h @ w, x),
+        square,
+        (x,),
+        (0,),
+    ),
+    Case(
+        "cond",
+        lambda w, x, p: lax.cond(p, lambda: x @ w, lambda: 2 * x @ w),
+        dense,
+        (x, jnp.array(True)),
+        (0,),
+    ),
+    Case(
+        "cond, one branch without it",
+        lambda w, x, p: lax.cond(p, lambda: x @ w, lambda: jnp.zeros((3, 6))),
+        dense,
+        (x, jnp.array(True)),
+        (0,),
+    ),
+    Case(
+        "switch among weights",
+        lambda p, x, i: x @ lax.switch(i, [lambda: p[0], lambda: p[1]]),
+        [dense, dense],
+        (x, jnp.int32(0)),
+        [(0,), (0,)],
+    ),
+    Case(
+        "cond of a parameter and data",
+        lambda p, x, q: lax.cond(q, lambda: p["h"], lambda: x) @ p["w"],
+        {"h": f32(3, 4), "w": dense},
+        (x, jnp.array(True)),
+        {"h": ALONE, "w": (0,)},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", LOOPS, ids=named)
+def test_loops_and_branches(case):
+    check(case)
+
+
+# What is certain to be no weight of one fan-in, and what is not certain.
+
+DISAGREEING = [
+    Case("tied embeddings", lambda e, i: e[i] @ e.T, f32(10, 4), (tokens,), ALONE),
+    Case("a tied autoencoder", lambda w, x: jax.nn.relu(x @ w) @ w.T, dense, (x,), ALONE),
+    Case(
+        "one branch the other way",
+        lambda w, x, p: lax.cond(p, lambda: x @ w, lambda: x @ w.T),
+        square,
+        (x, jnp.array(True)),
+        ALONE,
+    ),
+    Case("symmetrized", lambda w, x: x @ (w + w.T), square, (x,), ALONE),
+    Case(
+        "a gradient in the loss",
+        lambda w, x: jax.grad(lambda x: jnp.tanh(x @ w).sum())(x),
+        dense,
+        (x,),
+        ALONE,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", DISAGREEING, ids=named)
+def test_uses_that_disagree_leave_a_weight_alone_and_are_all_named(case):
+    check(case)
+    axes = infer_axes(case.fn, case.params, *case.args)
+    assert axes.why.startswith("used in more than one way: ")
+    assert axes.why.count(";") == 1
+    assert "dot_general over axis" in axes.why
+
+
+PRODUCT = r"\['a'\], shape \(4, 2\): .*product of parameters"
+UNCLEAR = [
+    Case(
+        "a product of parameters",
+        lambda p, x: x @ (p["a"] @ p["b"]),
+        FACTORS,
+        (x,),
+        {"a": ALONE, "b": ALONE},
+        PRODUCT,
+    ),
+    Case(
+        "a product of parameters as a bias",
+        lambda p, x: x[0, 0] + p["a"] @ p["b"],
+        FACTORS,
+        (x,),
+        {"a": ALONE, "b": ALONE},
+        PRODUCT,
+    ),
+    Case(
+        "a product of parameters, returned",
+        lambda p, x: p["a"] @ p["b"],
+        FACTORS,
+        (x,),
+        {"a": ALONE, "b": ALONE},
+        PRODUCT,
+    ),
+    Case(
+        "learned queries",
+        lambda p, x: jax.nn.softmax((p["q"] @ p["wq"]) @ (x @ p["wk"]).T),
+        {"q": f32(7, 4), "wq": dense, "wk": dense},
+        (x,),
+        {"q": ALONE, "wq": ALONE, "wk": (0,)},
+        "'wq'",
+    ),
+    Case(
+        "a convolution of parameters",
+        lambda p, x: x * conv(p[0], p[1]).sum(),
+        [f32(1, 5, 5, 4), f32(3, 3, 4, 8)],
+        (x,),
+        [ALONE, ALONE],
+        "conv_general",
+    ),
+    Case(
+        "a part of the inputs",
+        lambda w, x: x @ w[:4] + x[::-1] @ w[4:],
+        f32(8, 6),
+        (x,),
+        ALONE,
+        "only a part of axis 0",
+    ),
+    Case(
+        "permuted by constants",
+        lambda w, x: x @ w[jnp.array([3, 1, 0, 2])],
+        dense,
+        (x,),
+        ALONE,
+        "only a part of axis 0",
+    ),
+    Case(
+        "a part of an axis",
+        lambda w, x: jnp.einsum("bhd,hdo->bho", x.reshape(3, 2, 2), w.reshape(2, 2, 5)),
+        f32(4, 5),
+        (x,),
+        ALONE,
+        "only a part of axis 0",
+    ),
+    Case(
+        "constants on the other side",
+        lambda w, x: x @ (w @ np.ones((6, 5), np.float32)),
+        dense,
+        (x,),
+        ALONE,
+        "which are the inputs cannot be told",
+    ),
+    Case("summed over besides", lambda w, x: x @ w.sum(2), f32(4, 6, 3), (x,), ALONE, "axis 2 reduced"),
+    Case(
+        "an operation that mixes axes",
+        lambda w, x: x @ jnp.cumsum(w, 0),
+        dense,
+        (x,),
+        ALONE,
+        "only a part of axes 0, 1",
+    ),
+    Case(
+        "an unknown operation with data",
+        lambda w, x: lax.linalg.triangular_solve(w, x.T, left_side=True),
+        square,
+        (x,),
+        ALONE,
+        "triangular_solve",
+    ),
+    Case(
+        "reshaped from round to round",
+        lambda w, x: x @ churned(w),
+        square,
+        (x,),
+        ALONE,
+        "only a part of axes 0, 1",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", UNCLEAR, ids=named)
+def test_what_cannot_be_read_with_certainty_is_left_alone_with_a_warning(case):
+    check(case)
+
+
+def test_one_warning_lists_all_unclear_parameters_and_points_at_the_caller():
+    with pytest.warns(UserWarning, match="'a'") as caught:
+        infer_axes(lambda p, x: x @ (p["a"] @ p["b"]), FACTORS, x)
+    assert len(caught) == 1
+    assert "'b'" in str(caught[0].message)
+    assert caught[0].filename == __file__
+
+
+# What surrounds the computation.
+
+
+def test_the_batch_may_come_from_outside_of_the_function():
+    def loss(p):
+        h = jax.nn.relu(x @ p["first"] + p["bias"])
+        h = (h - h.mean(-1, keepdims=True)) * p["scale"] + p["embedding"][tokens].sum()
+        return jnp.mean((h @ p["second"]) ** 2)
+
+    shapes = {
+        "first": f32(4, 6),
+        "bias": f32(6),
+        "scale": f32(6),
+        "embedding": f32(10, 6),
+        "second": f32(6, 2),
+    }
+    assert fan_in_of(loss, shapes) == {
+        "first": (0,),
+        "bias": ALONE,
+        "scale": ALONE,
+        "embedding": ALONE,
+        "second": (0,),
+    }
+
+
+def test_aux_outputs_static_arguments_keys_and_collections():
+    def loss(params, state, batch, key, *, train, name):
+        assert train is True
+        h = batch["x"] @ params["w"]
+        mean = h.mean(0) if train else state["mean"]
+        h = (h - mean) * jax.random.bernoulli(key, 0.9, h.shape)
+        return (h**2).mean(), {"state": {"mean": mean}, "name": name, "nothing": None, "rate": 0.9}
+
+    axes = fan_in_of(
+        loss, {"w": dense}, {"mean": jnp.zeros(6)}, {"x": f32(3, 4)}, jax.random.key(0), train=True, name="it"
+    )
+    assert axes == {"w": (0,)}
+
+
+def test_leaves_of_every_kind():
+    params = {
+        "w": dense,
+        "none": None,
+        "activation": jnp.tanh,
+        "rate": 0.5,
+        "steps": jnp.arange(3),
+        "empty": f32(0, 4),
+    }
+
+    def fn(p, x):
+        return p["activation"](x @ p["w"]) * p["rate"] + p["steps"].sum() + p["empty"].sum()
+
+    axes = infer_axes(fn, params, x)
+    assert axes["w"] == WeightAxes((0,), (1,), "dot_general", "dot_general over axis 0")
+    assert axes["none"] is None
+    assert {name: axes[name].why for name in ("activation", "rate", "empty")} == {
+        "activation": "no array",
+        "rate": "no array",
+        "empty": "empty",
+    }
+    assert axes["steps"].why.startswith("no array of floats")
+
+
+@pytest.mark.parametrize(
+    ("fn", "why"),
+    [
+        (lambda w, x: x.sum(), "it is not used"),
+        (lambda w, x: x @ lax.stop_gradient(w), "no gradient comes back to it"),
+        (lambda w, x: (x @ w).argmax(), "no gradient comes back to it"),
+        (lambda w, x: x.sum() + (w**2).sum(), "add: only a statistic of it meets the data"),
+        (lambda w, x: x @ w, "dot_general over axis 0"),
+        (lambda w, x: w[x.astype(int)], "gather: a lookup table"),
+    ],
+)
+def test_the_reason_is_said(fn, why):
+    assert infer_axes(fn, dense, x).why == why
+
+
+def test_batch_axes_are_neither_fan_in_nor_fan_out():
+    axes = infer_axes(jax.vmap(lambda w, x: conv(x, w)), f32(2, 3, 3, 4, 8), images[:, None])
+    assert (axes.fan_in, axes.fan_out, axes.op) == ((1, 2, 3), (4,), "conv_general_dilated")
+    axes = infer_axes(scanned, f32(5, 4, 4), x)
+    assert (axes.fan_in, axes.fan_out, axes.op) == ((1,), (2,), "dot_general")
+    axes = infer_axes(lambda w, x: conv(x, w, feature_group_count=4), f32(3, 3, 1, 8), images)
+    assert (axes.fan_in, axes.fan_out) == ((0, 1, 2), (3,))
+
+
+def test_nothing_is_computed():
+    # These parameters would need four petabytes.
+    huge = {"w": f32(2**25, 2**25), "b": f32(2**25)}
+    before = len(jax.live_arrays())
+    axes = fan_in_of(lambda p, x: x @ p["w"] + p["b"], huge, f32(2**20, 2**25))
+    assert axes == {"w": (0,), "b": ALONE}
+    assert len(jax.live_arrays()) == before
+
+
+def test_under_jit_and_with_numpy_arrays():
+    @jax.jit
+    def traced(w, x):
+        assert infer_axes(lambda w, x: x @ w, w, x).fan_in == (0,)
+        return w
+
+    traced(np.ones((4, 6), np.float32), np.ones((3, 4), np.float32))
+
+
+def test_fn_has_to_be_a_function():
+    with pytest.raises(TypeError, match="fn must be a function of the parameters, got 3"):
+        infer_axes(3, dense)
+
+
+def test_errors_of_the_function_are_not_hidden():
+    with pytest.raises(TypeError, match="dot_general requires contracting dimensions"):
+        infer_axes(lambda w, x: x @ w.T, dense, x)
+
+
+def gathered(w, x):
+    return x @ lax.all_gather(w, "d", axis=0, tiled=True)
+
+
+def summed(w, x):
+    return lax.psum(x @ w, "d")
+
+
+def scattered(w, x):
+    return lax.psum_scatter(x @ w, "d", scatter_dimension=1, tiled=True)
+
+
+def exchanged(w, x):
+    return x @ lax.ppermute(w, "d", [(0, 1), (1, 2), (2, 3), (3, 0)])
+
+
+@pytest.mark.parametrize(
+    ("body", "w_spec", "x_spec", "out_spec"),
+    [
+        (gathered, P("d"), P("d"), P("d")),
+        (summed, P("d"), P(None, "d"), P()),
+        (scattered, P("d"), P(None, "d"), P(None, "d")),
+        (exchanged, P("d"), P(None, "d"), P("d")),
+        (lambda w, x: x @ w, P(None, "d"), P(), P(None, "d")),
+        (
+            lambda w, x: jnp.einsum("ti,ihd->thd", x, w.reshape(8, 3, -1)),
+            P(None, "d"),
+            P(),
+            P(None, None, "d"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_bodies(body, w_spec, x_spec, out_spec, check_vma):
+    mesh = AbstractMesh((4,), ("d",))
+    fn = jax.shard_map(body, mesh=mesh, in_specs=(w_spec, x_spec), out_specs=out_spec, check_vma=check_vma)
+    assert fan_in_of(fn, f32(8, 12), f32(4, 8)) == (0,)
+
+
+# Truth by construction: a contraction of which every axis is known, written in a random way.
+
+ROLES = ("contracted", "free", "batch")
+
+
+class Kernel(NamedTuple):
+    """The shape and the role of each axis of a kernel, and what is done to it before it is used."""
+
+    sizes: list[int]
+    roles: list[str]
+    steps: list[tuple[str, int]]
+
+
+@st.composite
+def kernels(draw):
+    rank = draw(st.integers(2, 4))
+    sizes = draw(st.lists(st.sampled_from([2, 3, 4, 5, 6]), min_size=rank, max_size=rank))
+    roles = draw(st.lists(st.sampled_from(ROLES), min_size=rank, max_size=rank))
+    hypothesis.assume("contracted" in roles)
+    step = st.sampled_from(["move", "join", "split", "cast", "scale", "flip", "add a dimension", "remat"])
+    return Kernel(sizes, roles, draw(st.lists(st.tuples(step, st.integers(0, 5)), max_size=6)))
+
+
+def prepared(w, kernel):
+    """The kernel after all its steps, with the role of each of its dimensions."""
+    roles = list(kernel.roles)
+    for step, number in kernel.steps:
+        dim = number % w.ndim
+        if step == "move":
+            w, roles = jnp.moveaxis(w, dim, 0), [roles[dim], *roles[:dim], *roles[dim + 1 :]]
+        elif step == "join" and dim + 1 < w.ndim and roles[dim] == roles[dim + 1]:
+            w = w.reshape(*w.shape[:dim], -1, *w.shape[dim + 2 :])
+            del roles[dim]
+        elif step == "split" and w.shape[dim] % 2 == 0:
+            w = w.reshape(*w.shape[:dim], 2, -1, *w.shape[dim + 1 :])
+            roles.insert(dim, roles[dim])
+        elif step == "cast":
+            w = w.astype(jnp.bfloat16)
+        elif step == "scale":
+            w = jnp.tanh(w) * 2 / jnp.linalg.norm(w)
+        elif step == "flip":
+            w = jnp.flip(w, dim)
+        elif step == "add a dimension":
+            w = jnp.expand_dims(w, dim)
+            roles.insert(dim, "free")
+        elif step == "remat":
+            w = jax.checkpoint(jnp.sin)(w)
+    return w, roles
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(kernels(), st.randoms(use_true_random=False), st.booleans())
+def test_random_contractions(kernel, random, kernel_first):
+    def product(w, key):
+        w, roles = prepared(w, kernel)
+        letters = string.ascii_lowercase[: w.ndim]
+        extent = dict(zip(letters, w.shape, strict=True)) | {"z": 7}
+        shared = [a for a, role in zip(letters, roles, strict=True) if role != "free"] + ["z"]
+        kept = [a for a, role in zip(letters, roles, strict=True) if role != "contracted"] + ["z"]
+        random.shuffle(shared)
+        random.shuffle(kept)
+        x = jnp.sin(jnp.zeros([extent[letter] for letter in shared]) + key)
+        operands = [(letters, w), ("".join(shared), x)]
+        (a, left), (b, right) = operands if kernel_first else operands[::-1]
+        return jnp.einsum(f"{a},{b}->{''.join(kept)}", left, right)
+
+    axes = infer_axes(product, f32(*kernel.sizes), f32())
+    expected = tuple(axis for axis, role in enumerate(kernel.roles) if role == "contracted")
+    assert axes.fan_in == expected
+    assert {axis for axis, role in enumerate(kernel.roles) if role == "batch"}.isdisjoint(axes.fan_out)
