@@ -352,8 +352,8 @@ def _no_weight_matrix(name: _Name, rank: int) -> str:
 
 def _read(rule: Callable[[_Name, tuple[int, ...]], _Reading], path: Path, leaf: Any) -> _Reading:
     """What a convention, by its `rule` for kernels, makes of any leaf."""
-    if not _is_inexact(leaf):
-        return _Reading(left_alone(f"no array of floats: {_describe(leaf)}"), settled=True)
+    if not is_inexact(leaf):
+        return _Reading(left_alone(f"no array of floats: {describe(leaf)}"), settled=True)
     if len(leaf.shape) < 2:
         return _Reading(left_alone(f"rank {len(leaf.shape)}: no weight matrix"), settled=True)
     name = _name(path)
@@ -379,7 +379,7 @@ def _attention_layers(places: list[tuple[Path, Any]]) -> set[tuple[str, ...]]:
     parts: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
     for path, leaf in places:
         name = _name(path)
-        if "_".join(name.module) in _ATTENTION_MODULES and _is_inexact(leaf) and len(leaf.shape) >= 3:
+        if "_".join(name.module) in _ATTENTION_MODULES and is_inexact(leaf) and len(leaf.shape) >= 3:
             parts.setdefault(name.parent, {})[name.module[-1].replace("output", "out")] = leaf.shape
     return {parent for parent, shapes in parts.items() if _fit_together(shapes)}
 
@@ -473,7 +473,7 @@ def match(role: str, tree: PyTree, params: PyTree, *, prefix: bool) -> list[tupl
             if entry_structure != structure:
                 raise ValueError(
                     f"{role} does not have the structure of the parameters: at {_at(path)} the parameters "
-                    f"have {_describe(node)}, {role} has {_describe(entry)}"
+                    f"have {describe(node)}, {role} has {describe(entry)}"
                 )
             entries = [child for _, child in with_keys]
         for (key, child), child_entry in zip(children, entries, strict=True):
@@ -519,7 +519,7 @@ def _as_weight_axes(given: Any, place: str) -> WeightAxes:
         return WeightAxes(_axis_tuple(given, place), why="given by axes")
     raise TypeError(
         f"axes for {place} must be a WeightAxes, an int, a tuple of ints, a MuonDimensionNumbers or None, "
-        f"got {_describe(given)}" + ("; a tree of bools is a mask" if isinstance(given, bool) else "")
+        f"got {describe(given)}" + ("; a tree of bools is a mask" if isinstance(given, bool) else "")
     )
 
 
@@ -556,8 +556,8 @@ def _as_bool(keep: Any, place: str) -> bool:
 
 def applicable(axes: WeightAxes, leaf: Any) -> WeightAxes:
     """`axes` where there is something to average over; otherwise `leaf` is left alone."""
-    if not _is_inexact(leaf):
-        return left_alone(f"no array of floats: {_describe(leaf)}", op=axes.op)
+    if not is_inexact(leaf):
+        return left_alone(f"no array of floats: {describe(leaf)}", op=axes.op)
     return _without_trivial_fan_in(axes, leaf.shape)
 
 
@@ -571,14 +571,17 @@ def _without_trivial_fan_in(axes: WeightAxes, shape: tuple[int, ...]) -> WeightA
 
 
 def left_alone(why: str, op: str = "") -> WeightAxes:
+    """The axes of a parameter that is not centralized."""
     return WeightAxes((), (), op, why)
 
 
 def is_array_like(leaf: Any) -> bool:
+    """Whether a leaf is an array, or what stands for one: it has a shape and a dtype."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def _is_inexact(leaf: Any) -> bool:
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf is an array of real or complex floating-point numbers."""
     return is_array_like(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
@@ -600,7 +603,8 @@ def place(path: Path, leaf: Any) -> str:
     return f"{_at(path)}, shape {leaf.shape}" if is_array_like(leaf) else _at(path)
 
 
-def _describe(node: Any) -> str:
+def describe(node: Any) -> str:
+    """A node of a tree for the reader of an error message."""
     if is_array_like(node):
         return f"an array of dtype {node.dtype} and shape {node.shape}"
     if is_absent(node) or jtu.all_leaves([node]):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import tree_util as jtu
 
 from ._axes import (
     Axes,
@@ -15,8 +16,10 @@ from ._axes import (
     Path,
     PyTree,
     WeightAxes,
+    describe,
     is_absent,
     is_array_like,
+    is_inexact,
     match,
     path_text,
     place,
@@ -93,7 +96,7 @@ def removed_fraction(gradients: PyTree, axes: Axes = None, *, mask: Mask = None)
 def summarize(params: PyTree, axes: Axes = None, *, mask: Mask = None, gradients: PyTree = None) -> str:
     """A table of what is centralized, over which axes and why.
 
-    Each parameter has a row, those that are left alone too. Parameters that differ only in an index of
+    Each array has a row, those that are left alone too. Parameters that differ only in an index of
     their path (the blocks of a transformer) share one.
 
     Args:
@@ -127,13 +130,16 @@ def summarize(params: PyTree, axes: Axes = None, *, mask: Mask = None, gradients
     References:
         The table is made by Rich, https://rich.readthedocs.io
     """
-    settled = settle(params, axes, mask)
-    matched = match("gradients", params if gradients is None else gradients, params, prefix=False)
-    rows = [
-        _row(path, leaf, axes, None if gradients is None else gradient)
-        for (path, leaf, gradient), axes in zip(matched, settled, strict=True)
-        if not is_absent(leaf)
-    ]
+    places, _ = jtu.tree_flatten_with_path(params, is_leaf=is_absent)
+    settled = [(*leaf, axes) for leaf, axes in zip(places, settle(params, axes, mask), strict=True)]
+    # A module may have functions and numbers for leaves too.
+    arrays = [leaf for leaf in settled if is_array_like(leaf[1])]
+    if gradients is None:
+        rows = [_row(*leaf) for leaf in arrays]
+    else:
+        matched = match("gradients", gradients, params, prefix=False)
+        given = [gradient for _, leaf, gradient in matched if is_array_like(leaf)]
+        rows = [_row_with_gradient(*leaf, gradient) for leaf, gradient in zip(arrays, given, strict=True)]
     table = _table(_collapsed(rows), with_gradients=gradients is not None)
     return f"{table}\n\n{_totals(rows, with_gradients=gradients is not None)}"
 
@@ -188,18 +194,19 @@ def _percent(rows: list[_Row]) -> str:
     return f"{sum(row.removed for row in rows) / of_all:.1%}" if of_all else "0.0%"
 
 
-def _row(path: Path, leaf: Any, axes: WeightAxes, gradient: Any) -> _Row:
-    shape = tuple(getattr(leaf, "shape", ()))
-    parts = tuple(re.split(r"(\d+)", path_text(path)))
-    if gradient is None:
-        return _Row(parts, shape, axes)
-    if not is_array_like(gradient) or gradient.shape != shape:
-        raise ValueError(f"the gradient of {place(path, leaf)} is {gradient!r}")
-    if not jnp.issubdtype(gradient.dtype, jnp.inexact):
-        return _Row(parts, shape, axes)
+def _row(path: Path, leaf: Any, axes: WeightAxes) -> _Row:
+    return _Row(tuple(re.split(r"(\d+)", path_text(path))), tuple(leaf.shape), axes)
+
+
+def _row_with_gradient(path: Path, leaf: Any, axes: WeightAxes, gradient: Any) -> _Row:
+    row = _row(path, leaf, axes)
+    if not is_inexact(leaf):
+        return row
+    if not is_array_like(gradient) or gradient.shape != row.shape:
+        raise ValueError(f"the gradient of {place(path, leaf)}, is {describe(gradient)}")
     norm = float(squared_norm(gradient))
     share = float(removed_share(gradient, axes.fan_in)) if axes.fan_in else 0.0
-    return _Row(parts, shape, axes, squared_norm=norm, removed=share * norm)
+    return dataclasses.replace(row, squared_norm=norm, removed=share * norm)
 
 
 def _collapsed(rows: list[_Row]) -> list[_Row]:
@@ -234,7 +241,7 @@ def _table(rows: list[_Row], *, with_gradients: bool) -> str:
     try:
         from rich import box, console, table, text
     except ImportError as error:
-        raise ImportError("summarize needs Rich: pip install rich") from error
+        raise ImportError("summarize needs Rich: pip install 'gc_optax[report]'") from error
     shown = table.Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     headings = ["parameter", "shape", "mean over", "fan-in", "vectors", "why", "removed"]
     for heading in headings if with_gradients else headings[:-1]:

@@ -131,10 +131,9 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(self, images, train):
         x = nn.Conv(self.embed, (4, 4), strides=(4, 4), padding="VALID", name="patches")(images)
-        batch, *grid, _ = x.shape
-        x = x.reshape(batch, np.prod(grid), self.embed)
+        x = x.reshape(len(images), -1, self.embed)
         token = self.param("class_token", nn.initializers.zeros, (1, 1, self.embed))
-        x = jnp.concatenate([jnp.tile(token, (batch, 1, 1)), x], axis=1)
+        x = jnp.concatenate([jnp.tile(token, (len(images), 1, 1)), x], axis=1)
         x = x + self.param("positions", nn.initializers.normal(0.02), (1, *x.shape[1:]))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         for number in range(self.depth):
@@ -248,8 +247,8 @@ class Tagger(nn.Module):
     @nn.compact
     def __call__(self, words, lengths):
         x = nn.Embed(self.vocabulary, 5, name="embedding")(words)
-        state = [self.param(name, nn.initializers.zeros, (self.hidden,)) for name in ("cell", "output")]
-        carry = tuple(jnp.tile(vector, (words.shape[0], 1)) for vector in state)
+        state = [self.param(name, nn.initializers.zeros, (self.hidden,)) for name in ("cell0", "output0")]
+        carry = tuple(jnp.tile(vector, (len(words), 1)) for vector in state)
         lstm = nn.RNN(nn.OptimizedLSTMCell(self.hidden, name="lstm"))
         x = lstm(x, initial_carry=carry, seq_lengths=lengths)
         return nn.Dense(self.tags, name="head")(x)
@@ -425,14 +424,12 @@ def merged_lora():
         "up": (embed, hidden),
         "down": (hidden, embed),
     }
-    keys = jax.random.split(jax.random.key(0), (len(ins_and_outs), 2))
+    keys = iter(jax.random.split(jax.random.key(0), 2 * len(ins_and_outs)))
     base, adapters = {}, {}
-    for (name, (ins, outs)), (base_key, adapter_key) in zip(ins_and_outs.items(), keys, strict=True):
-        base[name] = jax.random.normal(base_key, (*ins, *outs)) / np.sqrt(np.prod(ins))
-        adapters[name] = {
-            "a": jax.random.normal(adapter_key, (*ins, rank)) / np.sqrt(np.prod(ins)),
-            "b": jnp.zeros((rank, *outs)),
-        }
+    for name, (ins, outs) in ins_and_outs.items():
+        base[name] = jax.random.normal(next(keys), (*ins, *outs)) / np.sqrt(np.prod(ins))
+        down = jax.random.normal(next(keys), (*ins, rank)) / np.sqrt(np.prod(ins))
+        adapters[name] = {"a": down, "b": jnp.zeros((rank, *outs))}
     inputs, targets = jax.random.normal(jax.random.key(1), (2, 4, 6, *embed))
 
     def merge(kernel, adapter):
@@ -622,7 +619,20 @@ MODELS = [
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda build: build.__name__)
 def case(request):
-    return request.param()
+    # A generator of random numbers that takes less time to compile than the default one.
+    with jax.default_prng_impl("rbg"):
+        return request.param()
+
+
+@pytest.fixture(scope="module")
+def gradient(case):
+    """The loss and its gradient, compiled once for all tests."""
+
+    def loss(params, *args):
+        result = case.loss(params, *args)
+        return result[0] if isinstance(result, tuple) else result
+
+    return jax.jit(jax.value_and_grad(loss))
 
 
 def by_path(tree):
@@ -640,23 +650,19 @@ def weights(case, params):
     return {path: np.asarray(params[path], np.float64) for path in case.fan_in}
 
 
-def train(case, optimizer, steps=3):
+def train(case, gradient, optimizer, steps=3):
     """The parameters after some steps on one batch, and the loss before each."""
 
-    def loss(params, *args):
-        result = case.loss(params, *args)
-        return result[0] if isinstance(result, tuple) else result
-
     @jax.jit
-    def step(params, state, *args):
-        value, gradients = jax.value_and_grad(loss)(params, *args)
+    def update(params, state, gradients):
         updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
+        return optax.apply_updates(params, updates), state
 
     params, losses = case.params, []
     state = optimizer.init(params)
     for _ in range(steps):
-        params, state, value = step(params, state, *case.args)
+        value, gradients = gradient(params, *case.args)
+        params, state = update(params, state, gradients)
         losses.append(value)
     return params, losses
 
@@ -677,18 +683,18 @@ def test_the_axes_are_the_true_ones(case):
     assert {path: leaf.fan_in for path, leaf in axes.items() if leaf.fan_in} == case.fan_in
 
 
-def test_centralized_adamw_trains_every_weight(case):
+def test_centralized_adamw_trains_every_weight(case, gradient):
     axes = infer_axes(case.loss, case.params, *case.args)
-    trained, losses = train(case, optax.chain(centralize(axes), optax.adamw(1e-3)))
+    trained, losses = train(case, gradient, optax.chain(centralize(axes), optax.adamw(1e-3)))
     assert np.all(np.isfinite(losses))
     before, after = weights(case, case.params), weights(case, trained)
     assert [path for path in case.fan_in if not has_moved(before[path], after[path])] == []
 
 
-def test_sums_of_weight_vectors_stay_under_centralized_sgd_alone(case):
+def test_sums_of_weight_vectors_stay_under_centralized_sgd_alone(case, gradient):
     axes = infer_axes(case.loss, case.params, *case.args)
-    centralized, _ = train(case, optax.chain(centralize(axes), optax.sgd(0.1)))
-    plain, _ = train(case, optax.sgd(0.1))
+    centralized, _ = train(case, gradient, optax.chain(centralize(axes), optax.sgd(0.1)))
+    plain, _ = train(case, gradient, optax.sgd(0.1))
     before = weights(case, case.params)
     after, after_plain = weights(case, centralized), weights(case, plain)
     for path, fan_in in case.fan_in.items():
@@ -697,8 +703,8 @@ def test_sums_of_weight_vectors_stay_under_centralized_sgd_alone(case):
     assert max(drift(before[path], after_plain[path], case.fan_in[path]) for path in before) > 1e-3
 
 
-def test_tied_embeddings_are_left_alone_for_both_of_their_uses():
-    case = gpt()
+@pytest.mark.parametrize("case", [gpt], indirect=True)
+def test_tied_embeddings_are_left_alone_for_both_of_their_uses(case):
     axes = infer_axes(case.loss, case.params, *case.args)["embedding"]["embedding"]
     assert axes.fan_in == ()
     assert "used in more than one way" in axes.why

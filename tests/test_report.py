@@ -1,0 +1,262 @@
+"""The table for people, and the share of the gradient that centralization removes."""
+
+import functools
+import subprocess
+import sys
+
+import equinox as eqx
+import hypothesis
+import hypothesis.extra.numpy as npst
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gc_optax
+from gc_optax import WeightAxes, centralize, centralize_gradients, removed_fraction, summarize
+
+# removed_fraction
+
+
+@hypothesis.given(
+    npst.arrays(
+        np.float32,
+        npst.array_shapes(min_dims=2, max_dims=4, min_side=2, max_side=6),
+        elements=st.floats(-100, 100, width=32),
+    ),
+    st.data(),
+)
+def test_removed_fraction_is_what_centralization_takes_away(gradient, data):
+    axes = data.draw(st.lists(st.integers(0, gradient.ndim - 1), min_size=1, unique=True).map(tuple))
+    wide = gradient.astype(np.float64)
+    rest = wide - wide.mean(axes, keepdims=True)
+    expected = 1 - (rest**2).sum() / (wide**2).sum() if wide.any() else 0.0
+    fraction = removed_fraction(gradient, axes)
+    assert fraction.dtype == jnp.float32
+    assert fraction.shape == ()
+    np.testing.assert_allclose(fraction, expected, atol=1e-5)
+    assert 0 <= fraction <= 1
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_removed_fraction_does_not_depend_on_scale(scale, dtype):
+    gradient = jnp.array([[1.0, 2.0], [1.0, 0.0]], dtype) * jnp.asarray(scale, dtype)
+    np.testing.assert_allclose(removed_fraction(gradient, 0), 2 / 3, rtol=1e-2)
+
+
+def test_removed_fraction_of_special_gradients():
+    assert removed_fraction(jnp.ones((5, 3)), 0) == 1
+    assert removed_fraction(jnp.zeros((5, 3)), 0) == 0
+    assert removed_fraction(centralize_gradients(jnp.eye(5), 0), 0) < 1e-12
+    np.testing.assert_allclose(removed_fraction(jnp.array([[1.0 + 1j], [1.0 - 1j]]), 0), 0.5, rtol=1e-6)
+    assert jnp.isnan(removed_fraction(jnp.array([[jnp.nan], [1.0]]), 0))
+
+
+def test_removed_fraction_of_what_is_left_alone_is_zero():
+    gradients = {
+        "kernel": jnp.ones((4, 3)),
+        "bias": jnp.ones(3),
+        "steps": jnp.arange(3),
+        "none": None,
+        "masked": optax.MaskedNode(),
+    }
+    fractions = removed_fraction(gradients)
+    assert jax.tree.structure(fractions) == jax.tree.structure(gradients)
+    assert {name: float(fractions[name]) for name in ("kernel", "bias", "steps")} == {
+        "kernel": 1,
+        "bias": 0,
+        "steps": 0,
+    }
+    assert (
+        removed_fraction(gradients, mask={**dict.fromkeys(gradients, True), "kernel": False})["kernel"] == 0
+    )
+
+
+def test_removed_fraction_warns_of_kernels_that_it_guesses_at():
+    with pytest.warns(UserWarning, match=r"shape \(2, 3, 4\)"):
+        removed_fraction({"kernel": jnp.ones((2, 3, 4))})
+
+
+def test_removed_fraction_is_a_metric_in_a_chain_under_jit():
+    axes = {"w": (0,), "b": None}
+    removed = functools.partial(removed_fraction, axes=axes)
+    optimizer = optax.chain(
+        optax.monitor({"removed": removed, "smooth": optax.measure_with_ema(removed, decay=0.5)}),
+        centralize(axes),
+        optax.adam(1e-2),
+    )
+    params = {"w": jnp.zeros((4, 3)), "b": jnp.zeros(3)}
+    state = optimizer.init(params)
+    gradients = {"w": jnp.arange(12.0).reshape(4, 3), "b": jnp.ones(3)}
+
+    @jax.jit
+    def update(gradients, state):
+        return optimizer.update(gradients, state, params)
+
+    for _ in range(2):
+        _, state = update(gradients, state)
+    expected = removed_fraction(gradients, axes)
+    assert optax.tree.get(state, "removed") == expected
+    np.testing.assert_allclose(optax.tree.get(state, "smooth")["w"], expected["w"], rtol=1e-5)
+    assert expected["w"] > 0.5
+    assert expected["b"] == 0
+
+
+# summarize
+
+
+def transformer(layers):
+    block = {
+        "attention": {name: {"kernel": jnp.ones((8, 2, 4))} for name in ("query", "key", "value")},
+        "norm_0": {"scale": jnp.ones(8)},
+        "norm_1": {"scale": jnp.ones(8)},
+    }
+    return {"embedding": jnp.ones((11, 8))} | {f"block_{layer}": block for layer in range(layers)}
+
+
+def test_summarize_has_a_row_for_every_parameter():
+    params = {
+        "dense": {"kernel": jnp.ones((64, 10)), "bias": jnp.ones(10)},
+        "none": None,
+    }
+    axes = {"dense": {"kernel": WeightAxes((0,), why="because"), "bias": None}, "none": None}
+    assert summarize(params, axes).splitlines() == [
+        "parameter     shape     mean over  fan-in  vectors  why",
+        "─" * 70,
+        "dense/bias    (10,)             -       -        -  left alone by axes",
+        "dense/kernel  (64, 10)          0      64       10  because",
+        "",
+        "1 of 2 parameters are centralized: 640 of 650 entries, in 10 weight vectors.",
+    ]
+
+
+def test_summarize_is_short_for_a_transformer_of_twelve_layers():
+    lines = summarize(transformer(12), gc_optax.out_last).splitlines()
+    rows = [line.split("  ")[0] for line in lines[2:-2]]
+    assert rows == [
+        "block_{0..11}/attention/key/kernel",
+        "block_{0..11}/attention/query/kernel",
+        "block_{0..11}/attention/value/kernel",
+        "block_{0..11}/norm_{0,1}/scale",
+        "embedding",
+    ]
+    assert lines[2].split()[:8] == [rows[0], "(8,", "2,", "4)", "0", "8", "96", "out_last:"]
+    assert lines[-1] == (
+        "36 of 61 parameters are centralized: 2,304 of 2,584 entries, in 288 weight vectors."
+    )
+
+
+def test_summarize_keeps_apart_what_differs_in_more_than_an_index():
+    params = {f"layer_{n}": jnp.ones((4, width)) for n, width in enumerate([8, 8, 16, 8])}
+    rows = [line.split("  ")[0] for line in summarize(params).splitlines()[2:-2]]
+    assert rows == ["layer_{0,1,3}", "layer_2"]
+    params = {"a_0/b_0": jnp.ones((4, 8)), "a_1/b_1": jnp.ones((4, 8))}
+    rows = [line.split("  ")[0] for line in summarize(params).splitlines()[2:-2]]
+    assert rows == ["a_0/b_0", "a_1/b_1"]
+
+
+def test_summarize_counts_every_centralized_vector_of_the_rows_that_it_joins():
+    params = [jnp.ones((4, 8)), jnp.ones((4, 8)), jnp.ones((2, 3, 4))]
+    lines = summarize(params, [0, 0, (1, 2)]).splitlines()
+    assert [line.split("  ")[0] for line in lines[2:4]] == ["{0,1}", "2"]
+    assert lines[-1] == "3 of 3 parameters are centralized: 88 of 88 entries, in 18 weight vectors."
+
+
+def test_summarize_says_what_gc_removes():
+    params = {"w_0": jnp.zeros((4, 3)), "w_1": jnp.zeros((4, 3)), "b": jnp.zeros(2)}
+    gradients = {"w_0": jnp.ones((4, 3)), "w_1": centralize_gradients(jnp.eye(4, 3), 0), "b": jnp.ones(2)}
+    axes = {"w_0": 0, "w_1": 0, "b": None}
+    lines = summarize(params, axes, gradients=gradients).splitlines()
+    assert [line.split()[-1] for line in lines[2:4]] == ["-", "84.2%"]
+    # 12 of 12 are removed, 0 of 2.25, and 2 are left alone.
+    assert lines[-1].endswith("That removes 73.8% of the squared norm of the gradient.")
+
+
+def test_summarize_works_on_shapes_and_with_a_mask():
+    params = {"w": jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32)}
+    assert "masked out" in summarize(params, {"w": 0}, mask={"w": False})
+    assert "1,048,576" in summarize(params, {"w": 0})
+
+
+def test_summarize_of_one_array_of_nothing_and_of_brackets():
+    assert "(root)" in summarize(jnp.ones((4, 3)), 0)
+    assert summarize({}).endswith("0 of 0 parameters are centralized: 0 of 0 entries, in 0 weight vectors.")
+    assert "[bold]w[/bold]" in summarize({"[bold]w[/bold]": jnp.ones((4, 3))})
+
+
+@pytest.mark.parametrize(
+    ("gradients", "message"),
+    [
+        ({"w": jnp.ones((4, 3))}, "gradients does not have the structure of the parameters: at the root"),
+        ({"w": jnp.ones((3, 4)), "b": jnp.ones(3)}, r"the gradient of \['w'\], shape \(4, 3\), is"),
+        ({"w": None, "b": jnp.ones(3)}, r"the gradient of \['w'\], shape \(4, 3\), is None"),
+    ],
+)
+def test_summarize_refuses_gradients_of_something_else(gradients, message):
+    with pytest.raises(ValueError, match=message):
+        summarize({"w": jnp.ones((4, 3)), "b": jnp.ones(3)}, gradients=gradients)
+
+
+def test_summarize_takes_the_gradients_of_an_equinox_module():
+    model = eqx.nn.MLP(2, 3, 4, 1, key=jax.random.key(0))
+    gradients = eqx.filter_grad(lambda model: model(jnp.ones(2)).sum())(model)
+    table = summarize(model, gc_optax.out_first, gradients=gradients)
+    assert table.splitlines()[-1].startswith("2 of 4 parameters are centralized")
+
+
+def test_rich_is_needed_for_summarize_only():
+    code = (
+        "import sys; sys.modules['rich'] = None\n"
+        "import gc_optax, jax.numpy as jnp\n"
+        "try:\n    gc_optax.summarize({'w': jnp.ones((4, 3))})\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "summarize needs Rich: pip install 'gc_optax[report]'\n"
+
+
+def test_axes_convert_to_those_of_muon():
+    numbers = optax.contrib.MuonDimensionNumbers
+    assert WeightAxes((0,), (1,)).to_muon() == numbers((0,), (1,))
+    assert WeightAxes((1, 2), (3,)).to_muon() == numbers((1, 2), (3,))
+    assert WeightAxes(()).to_muon() is None
+    assert WeightAxes((0,)).to_muon() is None
+
+
+def test_one_tree_of_axes_for_centralization_and_for_muon():
+    def loss(params, x):
+        h = jnp.tanh(jnp.einsum("bi,lio->blo", x, params["stack"]).sum(1) + params["bias"])
+        return jnp.mean((h @ params["head"].T - 1) ** 2)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "stack": jax.random.normal(keys[0], (2, 4, 6)) / 2,
+        "bias": jnp.zeros(6),
+        "head": jax.random.normal(keys[1], (3, 6)) / 3,
+    }
+    x = jax.random.normal(keys[2], (16, 4))
+    axes = gc_optax.infer_axes(loss, params, x)
+    matrices = jax.tree.map(WeightAxes.to_muon, axes)
+    assert matrices["bias"] is None
+    muon = optax.contrib.muon(1e-2, muon_weight_dimension_numbers=matrices)
+    optimizer = optax.chain(centralize(axes), muon)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state):
+        value, gradients = jax.value_and_grad(loss)(params, x)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    losses = []
+    for _ in range(50):
+        params, state, value = step(params, state)
+        losses.append(float(value))
+    assert losses[-1] < losses[0] / 2
+    # A tree of Muon's dimension numbers says the same as the axes that it was made from.
+    gradients = jax.grad(loss)(params, x)
+    by_axes, by_numbers = (centralize_gradients(gradients, tree) for tree in (axes, matrices))
+    assert jax.tree.all(jax.tree.map(np.array_equal, by_axes, by_numbers))
