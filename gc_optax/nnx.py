@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from flax import nnx
+try:
+    from flax import nnx
+except ImportError as error:
+    raise ImportError("gc_optax.nnx needs Flax: pip install 'gc_optax[flax]'") from error
 
 from ._axes import PyTree
 from ._trace import infer_axes as _infer_axes

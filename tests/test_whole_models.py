@@ -626,7 +626,7 @@ def case(request):
 
 @pytest.fixture(scope="module")
 def gradient(case):
-    """The loss and its gradient, compiled once for all tests."""
+    """The loss and its gradient, compiled once for all tests of a model."""
 
     def loss(params, *args):
         result = case.loss(params, *args)
@@ -651,7 +651,7 @@ def weights(case, params):
 
 
 def train(case, gradient, optimizer, steps=3):
-    """The parameters after some steps on one batch, and the loss before each."""
+    """The parameters after some steps on one batch, and the loss before each and after the last."""
 
     @jax.jit
     def update(params, state, gradients):
@@ -664,7 +664,8 @@ def train(case, gradient, optimizer, steps=3):
         value, gradients = gradient(params, *case.args)
         params, state = update(params, state, gradients)
         losses.append(value)
-    return params, losses
+    value, _ = gradient(params, *case.args)
+    return params, [*losses, value]
 
 
 def has_moved(before, after):
@@ -707,6 +708,5 @@ def test_sums_of_weight_vectors_stay_under_centralized_sgd_alone(case, gradient)
 def test_tied_embeddings_are_left_alone_for_both_of_their_uses(case):
     axes = infer_axes(case.loss, case.params, *case.args)["embedding"]["embedding"]
     assert axes.fan_in == ()
-    assert "used in more than one way" in axes.why
-    assert "lookup" in axes.why
+    assert "gather" in axes.why
     assert "dot_general" in axes.why
