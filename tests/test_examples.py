@@ -1,9 +1,11 @@
 """The scripts that people run: they run, and what they print is what they measured."""
 
+import json
 import pathlib
 import re
 import runpy
 import struct
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +14,7 @@ from rich.console import Console
 ROOT = pathlib.Path(__file__).parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart.py"
 FROZEN_HEAD = ROOT / "benchmarks" / "frozen_head.py"
+TRACE = ROOT / "benchmarks" / "trace.py"
 
 
 def run(monkeypatch, script, *arguments):
@@ -99,3 +102,24 @@ def test_frozen_head_shows_a_head_that_only_optax_freezes(monkeypatch, capsys, t
     assert list(moved) == ["adam", "gc_optax.centralize + adam"]
     assert all(float(distance) > 0.1 for distance in moved.values())
     assert (tmp_path / "runs.json").read_text().count("head_moved") == 6
+
+
+def test_trace_measures_unrolled_and_scanned_models(tmp_path):
+    numbers, picture = tmp_path / "runs.json", tmp_path / "trace.png"
+    # It starts processes of its own, which have to find it as the main module.
+    arguments = ["--layers", "1", "2", "--repeats", "1", "--json", str(numbers), "--plot", str(picture)]
+    printed = subprocess.run([sys.executable, TRACE, *arguments], check=True, capture_output=True, text=True)
+    assert len(re.findall(r"unrolled +[12] +0\.\d+ B +\d+ +[\d.]+ s +[\d.]+ s", printed.stdout)) == 2
+    assert "to the power of" in printed.stdout
+    runs = json.loads(numbers.read_text())
+    assert [(run["layers"], run["scanned"]) for run in runs] == [(1, False), (2, False), (2, True)]
+    assert runs[0]["equations"] < runs[1]["equations"]
+    assert runs[1]["parameters"] == runs[2]["parameters"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_trace_refuses_nonsense():
+    for arguments in (["--layers", "0"], ["--repeats", "0"], ["--plot", "no/such/folder.png"]):
+        refused = subprocess.run([sys.executable, TRACE, *arguments], capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert re.search(r"error: argument", refused.stderr)

@@ -1,0 +1,200 @@
+"""How long `infer_axes` takes on large transformers, and how much memory.
+
+Decoders of up to 48 layers and a billion parameters, their blocks unrolled or under `nn.scan`, given as
+shapes. Each is measured in a process of its own: the time from cold caches, the tracing by JAX included,
+and how far the peak of the resident memory is above what importing Flax takes.
+
+    python benchmarks/trace.py [--layers N ...] [--repeats N] [--json PATH] [--plot PATH]
+"""
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import pathlib
+import resource
+import sys
+import time
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from gc_optax import infer_axes
+
+MEGABYTE = 2**20
+
+
+class Block(nn.Module):
+    """A decoder block with pre-normalization: activations (batch, length, embed) to the same."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        """Attends, and applies the MLP."""
+        x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x), mask=mask)
+        h = nn.gelu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x)))
+        return x + nn.Dense(x.shape[-1])(h), None
+
+
+class Decoder(nn.Module):
+    """A language model: tokens (batch, length) to logits (batch, length, vocabulary)."""
+
+    layers: int
+    scanned: bool
+    embed: int = 1280
+    heads: int = 20
+    vocabulary: int = 32_000
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Predicts the next token at each position."""
+        x = nn.Embed(self.vocabulary, self.embed)(tokens)
+        mask = nn.make_causal_mask(tokens)
+        if self.scanned:
+            blocks = nn.scan(
+                nn.remat(Block),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=self.layers,
+            )
+            x, _ = blocks(self.heads)(x, mask)
+        else:
+            for _ in range(self.layers):
+                x, _ = Block(self.heads)(x, mask)
+        return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
+
+
+def peak_memory() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def equations(jaxpr: core.Jaxpr) -> int:
+    """The number of equations of a jaxpr, with those of the jaxprs inside it."""
+    return sum(1 + sum(equations(inner) for inner in core.jaxprs_in_params(eqn.params)) for eqn in jaxpr.eqns)
+
+
+def measure(layers: int, scanned: bool, repeats: int) -> dict[str, Any]:
+    """Measures one model; the first thing that a process does after its imports."""
+    before = peak_memory()
+    model = Decoder(layers, scanned)
+    tokens = jax.ShapeDtypeStruct((8, 1024), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        return model.apply(params, tokens).mean()
+
+    seconds, seconds_tracing = [], []
+    for _ in range(repeats):
+        jax.clear_caches()
+        start = time.perf_counter()
+        infer_axes(loss, params, tokens)
+        seconds.append(time.perf_counter() - start)
+    extra = peak_memory() - before
+    for _ in range(repeats):
+        jax.clear_caches()
+        start = time.perf_counter()
+        closed = jax.make_jaxpr(loss)(params, tokens)
+        seconds_tracing.append(time.perf_counter() - start)
+    return {
+        "layers": layers,
+        "scanned": scanned,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "equations": equations(closed.jaxpr),
+        "seconds": seconds,
+        "seconds_tracing": seconds_tracing,
+        "extra_memory": extra,
+    }
+
+
+def report(runs: list[dict[str, Any]], repeats: int) -> None:
+    """Prints the table, and how the time grows."""
+    table = Table(
+        title="infer_axes on decoders given as shapes",
+        caption=f"median of {repeats}; reading: an equation, tracing apart; memory: above import flax",
+        box=box.SIMPLE_HEAD,
+    )
+    for heading in ("blocks", "layers", "params", "equations", "infer_axes", "tracing", "reading", "memory"):
+        table.add_column(heading, justify="left" if heading == "blocks" else "right", no_wrap=True)
+    for run in runs:
+        total, tracing = np.median(run["seconds"]), np.median(run["seconds_tracing"])
+        table.add_row(
+            "scanned" if run["scanned"] else "unrolled",
+            str(run["layers"]),
+            f"{run['parameters'] / 1e9:.2f} B",
+            f"{run['equations']:,}",
+            f"{total:.2f} s",
+            f"{tracing:.2f} s",
+            f"{(total - tracing) / run['equations'] * 1e6:.0f} µs",
+            f"{run['extra_memory'] / MEGABYTE:.0f} MB",
+        )
+    console = Console()
+    console.print(table)
+    unrolled = [run for run in runs if not run["scanned"]]
+    if len(unrolled) > 1:
+        counts, times = ([run["equations"] for run in unrolled], [np.median(r["seconds"]) for r in unrolled])
+        power = np.polyfit(np.log(counts), np.log(times), 1)[0]
+        console.print(f"unrolled: time grows as the number of equations to the power of {power:.2f}")
+
+
+def plot(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Draws time and memory over the number of equations of the unrolled models."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    unrolled = [run for run in runs if not run["scanned"]]
+    counts = [run["equations"] for run in unrolled]
+    figure, (times, memory) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for key, label in (("seconds", "infer_axes"), ("seconds_tracing", "tracing by JAX alone")):
+        times.plot(counts, [np.median(run[key]) for run in unrolled], marker="o", label=label)
+    memory.plot(counts, [run["extra_memory"] / MEGABYTE for run in unrolled], marker="o")
+    times.set(title="time", xlabel="equations", ylabel="s", xlim=(0, None), ylim=(0, None))
+    memory.set(
+        title="memory above import flax", xlabel="equations", ylabel="MB", xlim=(0, None), ylim=(0, None)
+    )
+    times.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Measures every model and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[6, 12, 24, 48], help="default: 6 12 24 48")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each (default: 3)")
+    parser.add_argument("--json", type=pathlib.Path, help="also write every measurement to this file")
+    parser.add_argument("--plot", type=pathlib.Path, help="also draw a picture into this file")
+    arguments = parser.parse_args()
+    if min(*arguments.layers, arguments.repeats) < 1:
+        parser.error("arguments --layers and --repeats: must be at least 1")
+    for name in ("json", "plot"):
+        path = getattr(arguments, name)
+        if path and not path.absolute().parent.is_dir():
+            parser.error(f"argument --{name}: there is no folder {path.absolute().parent}")
+
+    models = [(layers, False) for layers in arguments.layers] + [(max(arguments.layers), True)]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        running = [pool.submit(measure, *model, arguments.repeats) for model in models]
+        runs = [run.result() for run in track(running, description="models", transient=True)]
+    report(runs, arguments.repeats)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(runs, indent=1))
+    if arguments.plot:
+        plot(runs, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
