@@ -124,6 +124,7 @@ def report(runs: list[dict[str, Any]], repeats: int) -> None:
         title="infer_axes on decoders given as shapes",
         caption=f"median of {repeats}; reading: an equation, tracing apart; memory: above import flax",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for heading in ("blocks", "layers", "params", "equations", "infer_axes", "tracing", "reading", "memory"):
         table.add_column(heading, justify="left" if heading == "blocks" else "right", no_wrap=True)
