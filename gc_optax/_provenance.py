@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple, Self
 Shape = tuple[int, ...]
 Axes = frozenset[int]
 
+LOOKUP = "a lookup table"
+
 # The leaf of a kernel that is no parameter, but that two parameters multiplied make a correction to.
 FROZEN = -1
 
@@ -32,11 +34,20 @@ Pieces = tuple[Piece, ...]
 
 
 class Link(NamedTuple):
-    """One side of a product of two parameters: the axes that were summed over with the other's."""
+    """One side of a product of two parameters.
+
+    Args:
+        product: which product.
+        side: 0 or 1.
+        axes: the axes that are summed over with the other side's.
+        low_rank: whether fewer entries are summed over than either side has left: the product is then a
+            correction of low rank to a kernel of its shape, if there is one.
+    """
 
     product: int
     side: int
     axes: Axes
+    low_rank: bool
 
 
 class Loop(NamedTuple):
@@ -57,7 +68,10 @@ class View:
         summed: axes that were reduced over: the value is a statistic of the parameter.
         pending: axes that were contracted with constants.
         loops: pieces that the loops around the value go through.
-        links: the products with other parameters in which this one took part.
+        link: the product with another parameter in which this one took part.
+        is_tangled: whether it took part in more than a product: in one of products, or in one that went
+            through a function that is not linear.
+        is_looked_up: whether the data says which entries of it are in the value.
     """
 
     leaf: int
@@ -66,7 +80,9 @@ class View:
     summed: Axes = frozenset()
     pending: Axes = frozenset()
     loops: tuple[Loop, ...] = ()
-    links: frozenset[Link] = frozenset()
+    link: Link | None = None
+    is_tangled: bool = False
+    is_looked_up: bool = False
 
     @classmethod
     def whole(cls, leaf: int, shape: Shape) -> Self:
@@ -77,6 +93,11 @@ class View:
     def placed(self) -> Axes:
         """The axes that are in some dimension."""
         return axes_of(self.dims)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it was multiplied with another parameter."""
+        return self.is_tangled or self.link is not None
 
     def owned(self, shape: Shape) -> frozenset[int]:
         """The dimensions along which this parameter makes the value vary."""
@@ -146,10 +167,20 @@ class View:
         loops = tuple(over for over in self.loops if over.loop != loop)
         return dataclasses.replace(self, loops=loops, sliced=self.sliced | last)
 
-    def linked(self, product: int, side: int, contracted: Collection[int]) -> Self:
+    def linked(self, product: int, side: int, contracted: Collection[int], *, low_rank: bool) -> Self:
         """Multiplied with another parameter over the dimensions `contracted`, which are still there."""
-        link = Link(product, side, axes_of(self.dims[dim] for dim in contracted))
-        return dataclasses.replace(self, links=self.links | {link})
+        if self.is_product:
+            return self.tangled()
+        axes = axes_of(self.dims[dim] for dim in contracted)
+        return dataclasses.replace(self, link=Link(product, side, axes, low_rank))
+
+    def tangled(self) -> Self:
+        """After a function that is not linear, through which a product cannot be followed."""
+        return dataclasses.replace(self, link=None, is_tangled=True) if self.is_product else self
+
+    def looked_up(self) -> Self:
+        """Some of its entries, and the data says which."""
+        return dataclasses.replace(self, is_looked_up=True)
 
     def times_constant(
         self, contracted: Collection[int], sources: Sequence[int | None], shape: Shape
@@ -215,16 +246,29 @@ def uses_in_contraction(
         batch: the dimensions that run along with one of the data's.
     """
     views = most_complete(views)
+    occupied = {dim for view in views for dim in _occupied(view)}
     entrances = _entrances(views, contracted)
     for view in views:
-        if view.leaf != FROZEN:
+        if view.leaf == FROZEN:
+            continue
+        if not view.is_product and _occupied(view) < occupied and not view.summed:
+            yield Use(view.leaf, "no weight", op, f"{op}: a bias or a scale of another parameter")
+        else:
             yield _use(view, op, entrances.get(view), contracted, batch)
 
 
 def most_complete(views: Iterable[View]) -> list[View]:
     """Leaves out what a value holds of a parameter besides the parameter: its norm in a weight norm."""
     views = list(views)
-    return [view for view in views if not any(o.leaf == view.leaf and o.placed > view.placed for o in views)]
+    return [view for view in views if not any(_covers(other, view) for other in views)]
+
+
+def _covers(view: View, other: View) -> bool:
+    if view.leaf != other.leaf or view == other:
+        return False
+    if not all(axes_of([a]) >= axes_of([b]) for a, b in zip(view.dims, other.dims, strict=True)):
+        return False
+    return view.placed > other.placed or (other.is_tangled and not view.is_tangled)
 
 
 def listed(axes: Collection[int]) -> str:
@@ -282,6 +326,10 @@ def _blended(pieces: Iterable[Piece]) -> Pieces:
     return tuple(Piece(axis, 0) for axis in sorted({piece.axis for piece in pieces}) if axis >= 0)
 
 
+def _occupied(view: View) -> set[int]:
+    return {dim for dim, pieces in enumerate(view.dims) if pieces}
+
+
 def _use(
     view: View, op: str, entrance: Axes | None, contracted: Collection[int], batch: Collection[int]
 ) -> Use:
@@ -289,12 +337,17 @@ def _use(
         return Use(view.leaf, "unclear", op, why)
 
     rest = axes_of(pieces for dim, pieces in enumerate(view.dims) if dim not in contracted)
+    outer = axes_of(
+        pieces for dim, pieces in enumerate(view.dims) if dim not in contracted and dim not in batch
+    )
     looped = axes_of(over.pieces for over in view.loops)
     if entrance is None:
         return unclear("a product of parameters: which of them meets the data first cannot be told")
     if not entrance:
         why = f"{op}: none of its axes is summed over"
-        return Use(view.leaf, "no weight", op, why, weak=bool(view.summed or view.links))
+        return Use(view.leaf, "no weight", op, why, weak=bool(view.summed or view.link))
+    if view.is_looked_up and not outer:
+        return Use(view.leaf, "no weight", op, LOOKUP)
     if split := entrance & (rest | looped):
         return unclear(f"{op}: the data meets only a part of {listed(split)}, the rest is used otherwise")
     if part := entrance & view.sliced:
@@ -306,12 +359,10 @@ def _use(
             f"{op}: constants are contracted with {listed(view.pending)}, the data with {listed(entrance)}: "
             "which are the inputs cannot be told"
         )
-    inner = axes_of(
-        pieces for dim, pieces in enumerate(view.dims) if dim not in contracted and dim not in batch
+    passed_on = view.link.axes if view.link else frozenset[int]()
+    return Use(
+        view.leaf, "weight", op, f"{op} over {listed(entrance)}", entrance, (outer | passed_on) - entrance
     )
-    passed_on = frozenset(axis for link in view.links for axis in link.axes)
-    why = f"{op} over {listed(entrance)}"
-    return Use(view.leaf, "weight", op, why, entrance, (inner | passed_on) - entrance)
 
 
 def _entrances(views: list[View], contracted: Collection[int]) -> dict[View, Axes]:
@@ -319,33 +370,21 @@ def _entrances(views: list[View], contracted: Collection[int]) -> dict[View, Axe
 
     In `x @ (a @ b)` the data comes into `a` from `x` and into `b` from `a`. But with a learned query
     for `b`, `a` may just as well be a projection of it, and `x` the keys. It is the former where the
-    product corrects a kernel of its own shape, as in LoRA.
+    product is a correction of low rank to a kernel of its shape, as in LoRA.
     """
-    entrances = {view: axes_of(view.dims[dim] for dim in contracted) for view in views if not view.links}
+
+    def met(view: View) -> Axes:
+        return axes_of(view.dims[dim] for dim in contracted)
+
+    entrances = {view: met(view) for view in views if not view.is_product}
     kernels = [view for view in entrances if not view.summed]
-    linked = [view for view in views if view.links]
-    for product in {link.product for view in linked for link in view.links}:
-        sides = [[view for view in linked if _link(view, product, side)] for side in (0, 1)]
-        dims = {dim for view in sides[0] + sides[1] for dim, pieces in enumerate(view.dims) if pieces}
-        if not any(dims <= {dim for dim, pieces in enumerate(k.dims) if pieces} for k in kernels):
-            return entrances
-    entered = {view: axes for view in linked if (axes := axes_of(view.dims[dim] for dim in contracted))}
-    for view, axes in list(entered.items()):
-        if any(_link(other, link.product, 1 - link.side) for link in view.links for other in entered):
-            return entrances
-        entrances[view] = axes
-    changed = True
-    while changed:
-        changed = False
-        for view in linked:
-            if view in entrances:
-                continue
-            for link in view.links:
-                if any(_link(other, link.product, 1 - link.side) for other in entrances):
-                    entrances[view] = link.axes
-                    changed = True
+    linked = [(view, view.link) for view in views if view.link]
+    for product in {link.product for _, link in linked}:
+        factors = [(view, link) for view, link in linked if link.product == product]
+        occupied = {dim for view, _ in factors for dim in _occupied(view)}
+        leaves = {view.leaf for view, _ in factors}
+        entered = {link.side for view, link in factors if met(view)}
+        is_corrected = any(_occupied(kernel) >= occupied and kernel.leaf not in leaves for kernel in kernels)
+        if is_corrected and all(link.low_rank for _, link in factors) and len(entered) == 1:
+            entrances |= {view: met(view) if link.side in entered else link.axes for view, link in factors}
     return entrances
-
-
-def _link(view: View, product: int, side: int) -> bool:
-    return any(link.product == product and link.side == side for link in view.links)

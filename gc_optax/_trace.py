@@ -15,11 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import tree_util as jtu
 from jax.extend import core as jex
 
 from ._axes import PyTree, WeightAxes, applicable, is_array_like, left_alone, place, stacklevel_of_the_user
-from ._provenance import FROZEN, Shape, Use, View, most_complete, uses_in_contraction
+from ._provenance import FROZEN, LOOKUP, Shape, Use, View, most_complete, uses_in_contraction
 from ._values import (
     Data,
     Known,
@@ -29,9 +30,12 @@ from ._values import (
     broadcast,
     changed,
     cut,
+    fewer_views,
     is_constant,
+    is_constant_or_weight,
     is_key,
     join,
+    kernels_in,
     owned_by,
     rearranged,
     reshaped,
@@ -108,13 +112,13 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
 
     def of_arrays(arrays: list[Any]) -> list[Any]:
         rest = iter(arrays)
-        filled = [next(rest) if is_array_like(leaf) else leaf for leaf in given]
+        filled = [next(rest) if _is_traced(leaf) else leaf for leaf in given]
         fn_args, fn_kwargs = jax.tree.unflatten(others_structure, filled[len(leaves) :])
         outputs = fn(jax.tree.unflatten(structure, filled[: len(leaves)]), *fn_args, **fn_kwargs)
         return [output for output in jax.tree.leaves(outputs) if is_array_like(output)]
 
-    closed = jax.make_jaxpr(of_arrays)([leaf for leaf in given if is_array_like(leaf)])
-    numbers = [number for number, leaf in enumerate(given) if is_array_like(leaf)]
+    closed = jax.make_jaxpr(of_arrays)([leaf for leaf in given if _is_traced(leaf)])
+    numbers = [number for number, leaf in enumerate(given) if _is_traced(leaf)]
     values = [
         Weight.of(number, var.aval.shape) if number < len(leaves) else Data.given(var.aval)
         for number, var in zip(numbers, closed.jaxpr.invars, strict=True)
@@ -124,6 +128,11 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
     axes = [_verdict(leaf, number, reader) for number, leaf in enumerate(leaves)]
     _warn_of_unclear_uses(places, axes, {use.leaf for use in reader.uses if use.how == "unclear"})
     return jax.tree.unflatten(structure, axes)
+
+
+def _is_traced(leaf: Any) -> bool:
+    # A number of NumPy may be what a Python number is: a rate, a count, a flag.
+    return is_array_like(leaf) and not isinstance(leaf, np.generic)
 
 
 # Reading the jaxpr.
@@ -157,8 +166,10 @@ class _Reader:
 
     def end(self, outputs: Iterable[Value]) -> None:
         """Notes what is returned without having met the data."""
-        returned = most_complete(views_in(outputs))
-        self.note(_unclear_product(view, "the output") for view in returned if view.links and view.placed)
+        returned = most_complete(frozenset[View]().union(*map(kernels_in, outputs)))
+        self.note(
+            _unclear_product(view, "the output") for view in returned if view.is_product and view.placed
+        )
 
     def read_jaxpr(
         self, jaxpr: Any, values: Sequence[Value], is_output_live: Sequence[bool] | None = None
@@ -212,6 +223,8 @@ class _Reader:
             outputs = _CONTROL_FLOW[name](self, eqn, values, live)
         elif name == "split":
             outputs = [cut(values[0], _shape(eqn.invars[0]), _shape(var)) for var in eqn.outvars]
+        elif name == "unstack":
+            outputs = _unstack(eqn, values)
         elif name in _EACH_BY_ITSELF and len(values) == len(eqn.outvars):
             outputs = values
         elif self._stops_gradient(eqn):
@@ -220,13 +233,15 @@ class _Reader:
             outputs = self._read_body(eqn, body, values, live)
         else:
             outputs = self.read_unknown(eqn, values)
-        return [self._settled(value, var.aval) for value, var in zip(outputs, eqn.outvars, strict=True)]
+        return [self._settled(value, var) for value, var in zip(outputs, eqn.outvars, strict=True)]
 
-    def _settled(self, value: Value, aval: Any) -> Value:
-        if is_key(_dtype(aval)):
+    def _settled(self, value: Value, var: Any) -> Value:
+        if is_key(_dtype(var.aval)):
             return Known()
         # A mask that a threshold on the weights makes is a constant as far as the gradient can tell.
-        return value if self._is_differentiable(aval) else self._as_constant(value)
+        return (
+            fewer_views(value, _shape(var)) if self._is_differentiable(var.aval) else self._as_constant(value)
+        )
 
     def _as_constant(self, value: Value) -> Value:
         self.without_gradient.update(view.leaf for view in views_in([value]))
@@ -245,15 +260,14 @@ class _Reader:
     def read_unknown(self, eqn: Any, values: list[Value]) -> list[Value]:
         """The outputs of an equation of which nothing is known but which values go into it."""
         shapes = [_shape(var) for var in eqn.outvars]
-        views = most_complete(views_in(values))
-        if all(isinstance(value, Known) for value in values):
-            return [Known() for _ in shapes]
-        if views and all(isinstance(value, Weight) or is_constant(value) for value in values):
-            return [Weight(frozenset(view.opaque(shape) for view in views)) for shape in shapes]
+        views = most_complete(frozenset[View]().union(*map(kernels_in, values)))
+        if not any(isinstance(value, Data) and not kernels_in(value) for value in values):
+            opaque = [frozenset(view.opaque(shape).tangled() for view in views) for shape in shapes]
+            return [_made_of(seen, values, shape) for seen, shape in zip(opaque, shapes, strict=True)]
         name = eqn.primitive.name
         why = f"{name}: an operation on it together with the data that infer_axes cannot read"
         self.note(Use(view.leaf, "unclear", name, why) for view in views)
-        return [Data.of(shape, constant=all(map(is_constant, values))) for shape in shapes]
+        return [_product_of_data(values, shape) for shape in shapes]
 
     # Loops and branches. Each has an order of arguments of its own.
 
@@ -324,8 +338,7 @@ class _Reader:
         """Notes the parameters that become data: the state that a loop begins with, say."""
         why = "it takes the place of the data: a starting value, say"
         for value, after in zip(values, joined, strict=False):
-            if isinstance(after, Data):
-                self.note(_as_no_weight(views_in([value]), "a loop or a branch", why))
+            self.note(_as_no_weight(kernels_in(value) - kernels_in(after), "a loop or a branch", why))
 
 
 def _is_var(atom: Any) -> bool:
@@ -369,21 +382,35 @@ def _entry_by_entry(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     name, shape = eqn.primitive.name, _shape(eqn.outvars[0])
     values = [broadcast(value, _shape(var), shape) for value, var in zip(values, eqn.invars, strict=True)]
     sizes = [math.prod(_shape(var)) for var in eqn.invars]
-    views = views_in(values)
-    owned = owned_by(views, shape)
-    if len(owned) > 1:
-        # What the function closes over and what runs along a kernel is a mask or a frozen kernel.
-        values = [
-            Known() if is_constant(value) and variation(value, shape) <= owned else value for value in values
-        ]
-    if not any(isinstance(value, Data) for value in values):
-        if not views:
-            return _constant_entry_by_entry(name, values, sizes)
-        is_corrected = any(isinstance(v, Known) and size > 1 for v, size in zip(values, sizes, strict=True))
-        return Weight(_as_correction(views, shape) if is_corrected else views)
+    views = frozenset[View]().union(*map(kernels_in, values))
     if not views:
+        if all(isinstance(value, Known) for value in values):
+            return _constant_entry_by_entry(name, values, sizes)
         return _data_entry_by_entry(name, values, sizes, shape)
-    return _weight_with_data_entry_by_entry(reader, name, values, shape)
+    values = _without_masks(name, values, owned_by(views, shape), shape)
+    if name not in _LINEAR:
+        views = frozenset(view.tangled() for view in views)
+    elif name in ("add", "sub") and _is_frozen_kernel_among(values, sizes):
+        views = _with_frozen_kernel(views, shape)
+    data = [value for value in values if isinstance(value, Data)]
+    if not data:
+        return Weight(views)
+    owned = owned_by(views, shape)
+    constant = all(map(is_constant, data))
+    why = f"{name}: a bias, a scale or a gate"
+    plain = [value for value in data if not kernels_in(value)]
+    varies = frozenset[int]().union(*(variation(value, shape) for value in plain))
+    is_modulated = bool(owned - varies) and (not varies or _scales(name, values))
+    if not (is_modulated or not plain or _is_mask_or_kernel(name, plain, varies, owned)):
+        reader.note(_as_no_weight(views, name, why))
+        return Data.of(shape, constant=constant)
+    # It may be a kernel still: the data that scales it along some of its axes may be contracted over the
+    # others, and an argument of its shape may be a mask of it, or the frozen kernel that it is added to.
+    reader.note(_as_no_weight(views_in(values), name, why, weak=True))
+    if plain and name in ("add", "sub"):
+        views = _with_frozen_kernel(views, shape)
+    carrying = frozenset[int]().union(*(value.varies for value in data if kernels_in(value)))
+    return Data(carrying | (varies if is_modulated else varies - owned), constant=constant, carried=views)
 
 
 def _constant_entry_by_entry(name: str, values: list[Value], sizes: list[int]) -> Known:
@@ -399,22 +426,14 @@ def _constant_entry_by_entry(name: str, values: list[Value], sizes: list[int]) -
 
 def _data_entry_by_entry(name: str, values: list[Value], sizes: list[int], shape: Shape) -> Data:
     data = [value for value in values if isinstance(value, Data)]
-    result = Data(
-        varies=frozenset().union(*(value.varies for value in data)),
-        raw=all(value.raw for value in data),
-        constant=all(map(is_constant, values)),
-    )
-    carrying = [value for value in data if value.carried]
-    # A kernel that is scaled stays one; whatever else is done to it makes it an activation.
-    if name in _SCALING and len(carrying) == 1:
-        owned = owned_by(carrying[0].carried, shape)
-        if all(value is carrying[0] or owned - value.varies for value in data):
-            return dataclasses.replace(result, raw=False, carried=carrying[0].carried)
-    one_hot = {dim for dim in range(len(shape)) if _is_one_hot(name, values, sizes, shape, dim)}
-    return dataclasses.replace(
-        result,
-        varies=result.varies.union(*(owned_by(value.carried, shape) for value in carrying)),
+    one_hot = (dim for dim in range(len(shape)) if _is_one_hot(name, values, sizes, shape, dim))
+    if len(data) == 1 and data[0].carried and name in _LINEAR:
+        return dataclasses.replace(data[0], one_hot=frozenset(), raw=False)
+    return Data(
+        varies=frozenset[int]().union(*(variation(value, shape) for value in data)),
         one_hot=frozenset(one_hot),
+        raw=name in _UNCHANGED and data[0].raw,
+        constant=all(map(is_constant, values)),
     )
 
 
@@ -436,46 +455,52 @@ def _is_one_hot(name: str, values: list[Value], sizes: list[int], shape: Shape, 
     )
 
 
-def _weight_with_data_entry_by_entry(reader: _Reader, name: str, values: list[Value], shape: Shape) -> Data:
-    views = views_in(values)
-    data = [value for value in values if isinstance(value, Data)]
-    owned = owned_by(views, shape)
-    varies = frozenset[int]().union(*(variation(value, shape) for value in data))
-    result = Data(varies, constant=all(map(is_constant, data)))
-    # A kernel that the data scales along some of its axes may still be contracted over the others, and an
-    # argument of the shape of a kernel may be a mask of it, or the frozen kernel that it is added to.
-    is_modulated = _scales(name, values) and bool(owned - varies)
-    runs_along = varies == owned or (varies < owned and not any(view.links for view in views))
-    is_corrected = all(value.raw for value in data) and len(owned) > 1 and runs_along
-    why = f"{name}: a bias, a scale or a gate"
-    if is_modulated or is_corrected:
-        reader.note(_as_no_weight(views, name, why, weak=True))
-        return dataclasses.replace(result, carried=_as_correction(views, shape) if is_corrected else views)
-    reader.note(_as_no_weight(views, name, why))
-    return dataclasses.replace(result, varies=varies | owned)
+def _without_masks(name: str, values: list[Value], owned: frozenset[int], shape: Shape) -> list[Value]:
+    """With arrays that the function closes over, and that run along a kernel, for what they are: masks."""
+
+    def is_mask(value: Value) -> bool:
+        return isinstance(value, Data) and value.raw and value.constant and variation(value, shape) <= owned
+
+    if name not in ("mul", "select_n") or len(owned) < 2:
+        return values
+    return [Known() if is_mask(value) else value for value in values]
+
+
+def _is_frozen_kernel_among(values: list[Value], sizes: list[int]) -> bool:
+    return any(
+        isinstance(value, Known) and value.counts is None and size > 1
+        for value, size in zip(values, sizes, strict=True)
+    )
+
+
+def _is_mask_or_kernel(name: str, data: list[Data], varies: frozenset[int], owned: frozenset[int]) -> bool:
+    is_raw = all(value.raw for value in data) and len(owned) > 1
+    return is_raw and name in _LINEAR and (varies == owned or (name == "mul" and varies <= owned))
 
 
 def _scales(name: str, values: list[Value]) -> bool:
     if name == "div":
-        return isinstance(values[0], Weight)
+        return bool(kernels_in(values[0]))
     if name == "select_n":
-        return not any(isinstance(case, Data) for case in values[1:])
+        return not any(isinstance(case, Data) and not kernels_in(case) for case in values[1:])
     return name == "mul"
 
 
-def _as_correction(views: frozenset[View], shape: Shape) -> frozenset[View]:
-    """Products of parameters that are added to a kernel which is none."""
-    if not any(view.links for view in views):
-        return views
-    return views | {View.whole(FROZEN, shape)}
+def _with_frozen_kernel(views: frozenset[View], shape: Shape) -> frozenset[View]:
+    """With a kernel that is no parameter, where there is a product of parameters to correct it."""
+    return views | {View.whole(FROZEN, shape)} if any(view.link for view in views) else views
 
 
 def _as_no_weight(views: Iterable[View], op: str, why: str, *, weak: bool = False) -> Iterator[Use]:
     for view in most_complete(views):
-        if view.links and view.placed and not weak:
-            yield _unclear_product(view, op)
-        elif view.links or view.summed:
+        if view.leaf == FROZEN:
+            continue
+        if not view.placed or view.summed:
             yield Use(view.leaf, "no weight", op, f"{op}: only a statistic of it meets the data", weak=True)
+        elif view.is_product and not weak:
+            yield _unclear_product(view, op)
+        elif view.is_looked_up:
+            yield Use(view.leaf, "no weight", op, LOOKUP, weak=weak)
         else:
             yield Use(view.leaf, "no weight", op, why, weak=weak)
 
@@ -517,47 +542,76 @@ def _slice(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     return cut(values[0], _shape(eqn.invars[0]), _shape(eqn.outvars[0]))
 
 
+def _unstack(eqn: Any, values: list[Value]) -> list[Value]:
+    old, axis = _shape(eqn.invars[0]), eqn.params["axis"]
+    kept = [dim for dim in range(len(old)) if dim != axis]
+    part = cut(values[0], old, tuple(1 if dim == axis else size for dim, size in enumerate(old)))
+    return [rearranged(part, kept) for _ in eqn.outvars]
+
+
 def _pad(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    if not isinstance(values[0], Weight) or not is_constant(values[1]):
+    if not (kernels_in(values[0]) and is_constant(values[1])):
         return _joined_with_data(reader, eqn, values)
+    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
     is_cropped = any(low < 0 or high < 0 for low, high, _ in eqn.params["padding_config"])
-    views = (view.cut(old, new) if is_cropped else view.diluted(old, new) for view in values[0].views)
-    return Weight(frozenset(views))
+    return with_views_changed(values[0], lambda view: (view.cut if is_cropped else view.diluted)(old, new))
 
 
 def _concatenate(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    if not all(isinstance(value, Weight | Known) for value in values):
-        return _joined_with_data(reader, eqn, values)
     new = _shape(eqn.outvars[0])
-    pairs = zip(values, eqn.invars, strict=True)
-    views = [view.diluted(_shape(var), new) for value, var in pairs for view in views_in([value])]
-    return Weight(frozenset(views)) if views else Known()
+    shapes = map(_shape, eqn.invars)
+    return _side_by_side(reader, eqn, values, [_diluting(shape, new) for shape in shapes])
+
+
+def _stack(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    axis, rank = eqn.params["axis"], len(_shape(eqn.outvars[0]))
+    sources = [None if dim == axis else dim - (dim > axis) for dim in range(rank)]
+    return _side_by_side(reader, eqn, values, [lambda view: view.rearranged(sources)] * len(values))
+
+
+def _side_by_side(
+    reader: _Reader, eqn: Any, values: list[Value], changes: Sequence[Callable[[View], View]]
+) -> Value:
+    if any(isinstance(value, Data) and not kernels_in(value) for value in values):
+        return _joined_with_data(reader, eqn, values)
+    views = frozenset(
+        change(view) for value, change in zip(values, changes, strict=True) for view in kernels_in(value)
+    )
+    return _made_of(views, values, _shape(eqn.outvars[0]))
+
+
+def _diluting(old: Shape, new: Shape) -> Callable[[View], View]:
+    return lambda view: view.diluted(old, new)
+
+
+def _made_of(views: frozenset[View], values: list[Value], shape: Shape) -> Value:
+    """A value that is a kernel made of some parameters, and of nothing else but constants."""
+    if any(isinstance(value, Data) for value in values):
+        return Data.of(shape, constant=all(map(is_constant_or_weight, values)), carried=views)
+    return Weight(views) if views else Known()
 
 
 def _joined_with_data(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     """Parameters in a row with the data: a class token, say."""
     name = eqn.primitive.name
-    reader.note(_as_no_weight(views_in(values), name, f"{name}: an input, in a row with the data"))
-    if all(isinstance(value, Known) for value in values):
-        return Known()
-    return Data.of(_shape(eqn.outvars[0]), constant=all(map(is_constant, values)))
+    views = frozenset[View]().union(*map(kernels_in, values))
+    reader.note(_as_no_weight(views, name, f"{name}: an input, in a row with the data"))
+    return _product_of_data(values, _shape(eqn.outvars[0]))
 
 
 def _reduce(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     value, old, over = values[0], _shape(eqn.invars[0]), eqn.params["axes"]
     kept = [dim for dim in range(len(old)) if dim not in over]
-    match value:
-        case Weight():
-            return Weight(frozenset(view.reduced(over) for view in value.views))
-        case Known():
-            return Known()
-    owned = owned_by(value.carried, old).intersection(over)
-    if eqn.primitive.name == "reduce_sum" and owned and owned <= value.varies:
-        # A product entry by entry and a sum: a contraction, spelled out.
-        reader.note(uses_in_contraction(value.carried, "reduce_sum", contracted=over))
-    value = dataclasses.replace(value, varies=variation(value, old), one_hot=frozenset(), carried=frozenset())
-    return rearranged(value, kept)
+    if isinstance(value, Known):
+        return Known()
+    if isinstance(value, Data):
+        value = dataclasses.replace(value, one_hot=frozenset(), raw=False)
+        owned = owned_by(kernels_in(value), old).intersection(over)
+        if eqn.primitive.name == "reduce_sum" and owned and owned <= value.varies:
+            # A product entry by entry and a sum: a contraction, spelled out.
+            reader.note(uses_in_contraction(kernels_in(value), "reduce_sum", contracted=over))
+            value = dataclasses.replace(value, varies=variation(value, old), carried=frozenset())
+    return changed(value, [(dim,) for dim in kept], lambda view: view.reduced(over))
 
 
 def _gather(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
@@ -593,23 +647,18 @@ def _looked_up(
     sources: Sequence[int | None],
 ) -> Value:
     operand, *indices = values
-    name, shape = eqn.primitive.name, _shape(eqn.outvars[0])
-    constant = all(map(is_constant, indices))
+    shape = _shape(eqn.outvars[0])
+    views = frozenset(map(change, kernels_in(operand)))
     if all(isinstance(index, Known) for index in indices):
-        match operand:
-            case Weight():
-                return Weight(frozenset(map(change, operand.views)))
-            case Data():
-                return Data.of(shape, constant=operand.constant)
-            case Known():
-                return Known()
-    if isinstance(operand, Weight):
-        why = f"{name}: a lookup table"
-        reader.note(_as_no_weight(operand.views, name, why, weak=constant))
-        return Data.of(shape, constant=constant, carried=map(change, operand.views) if constant else ())
-    one_hot = [dim for dim, source in enumerate(sources) if source in operand.one_hot]
-    result = Data.of(shape, constant=constant and is_constant(operand))
-    return dataclasses.replace(result, one_hot=frozenset(one_hot))
+        return _made_of(views, [operand], shape)
+    # What is left of a parameter after the lookup may be a matrix, of an expert say.
+    matrices = frozenset(view.looked_up() for view in views if len(view.owned(shape)) > 1)
+    why = f"{eqn.primitive.name}: {LOOKUP}"
+    reader.note(_as_no_weight(kernels_in(operand), eqn.primitive.name, why, weak=bool(matrices)))
+    result = _product_of_data(values, shape, matrices)
+    one_hot = () if isinstance(operand, Weight) else operand.one_hot
+    hot = [dim for dim, source in enumerate(sources) if source in one_hot]
+    return dataclasses.replace(result, one_hot=frozenset(hot)) if isinstance(result, Data) else result
 
 
 def _scatter(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
@@ -625,12 +674,14 @@ def _dynamic_update_slice(reader: _Reader, eqn: Any, values: list[Value]) -> Val
 def _written_into(
     reader: _Reader, eqn: Any, operand: Value, updates: Value, indices: Sequence[Value]
 ) -> Value:
-    if any(isinstance(value, Data) for value in (operand, updates, *indices)):
-        return _joined_with_data(reader, eqn, [operand, updates, *indices])
+    values = [operand, updates]
+    if not all(isinstance(index, Known) for index in indices) or any(
+        isinstance(value, Data) and not kernels_in(value) for value in values
+    ):
+        return _joined_with_data(reader, eqn, [*values, *indices])
     shape = _shape(eqn.outvars[0])
-    written = frozenset(view.opaque(shape) for view in views_in([updates]))
-    views = views_in([operand]) | written
-    return Weight(views) if views else Known()
+    written = frozenset(view.opaque(shape) for view in kernels_in(updates))
+    return _made_of(kernels_in(operand) | written, values, shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -648,7 +699,7 @@ class _Operand:
 
     @property
     def kernels(self) -> frozenset[View]:
-        """The parameters that this side is a kernel of, or may be."""
+        """The parameters that this side is a kernel made of, or may be, products with constants included."""
         return self.value.carried if isinstance(self.value, Data) else views_in([self.value])
 
 
@@ -658,16 +709,38 @@ def _dot_general(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     sources_a = [*a.batch, *a.free, *[None] * len(b.free)]
     sources_b = [*b.batch, *[None] * len(a.free), *b.free]
     if isinstance(a.value, Weight) and isinstance(b.value, Weight):
-        views_a = (view.linked(id(eqn), 0, a.contracted).rearranged(sources_a) for view in a.kernels)
-        views_b = (view.linked(id(eqn), 1, b.contracted).rearranged(sources_b) for view in b.kernels)
-        return Weight(frozenset((*views_a, *views_b)))
+        views = [
+            view.linked(id(eqn), number, side.contracted, low_rank=_is_of_low_rank(a, b)).rearranged(sources)
+            for number, (side, sources) in enumerate(((a, sources_a), (b, sources_b)))
+            for view in side.kernels
+        ]
+        return Weight(frozenset(views))
     shape = _shape(eqn.outvars[0])
     pending: list[View] = []
     for side, other, sources in ((a, b, sources_a), (b, a, sources_b)):
         _note_contraction(reader, eqn, side, other)
-        if isinstance(side.value, Weight) and is_constant(other.value):
-            pending += (view.times_constant(side.contracted, sources, shape) for view in side.value.views)
-    return _product_of_data(values, shape, pending)
+        if is_constant(other.value):
+            kernels = kernels_in(side.value)
+            pending += (view.times_constant(side.contracted, sources, shape) for view in kernels)
+    result = _product_of_data(values, shape, pending)
+    if not contracted[0] and isinstance(result, Data):
+        return dataclasses.replace(
+            result, one_hot=_one_hot_in_product(a, sources_a) | _one_hot_in_product(b, sources_b)
+        )
+    return result
+
+
+def _is_of_low_rank(a: _Operand, b: _Operand) -> bool:
+    rank, *left = (
+        math.prod(side.shape[dim] for dim in dims)
+        for side, dims in ((a, a.contracted), (a, a.free), (b, b.free))
+    )
+    return rank < min(left)
+
+
+def _one_hot_in_product(side: _Operand, sources: Sequence[int | None]) -> frozenset[int]:
+    one_hot = side.value.one_hot if isinstance(side.value, Data) else frozenset[int]()
+    return frozenset(dim for dim, source in enumerate(sources) if source in one_hot)
 
 
 def _ragged_dot_general(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
@@ -702,49 +775,65 @@ def _conv_general_dilated(reader: _Reader, eqn: Any, values: list[Value]) -> Val
 
 def _note_contraction(reader: _Reader, eqn: Any, side: _Operand, other: _Operand) -> None:
     """Notes what the parameters on one side of a product are there, given what is on the other."""
-    is_activation = isinstance(side.value, Data) and (
-        isinstance(other.value, Weight) or (side.value.constant and is_constant(other.value))
-    )
-    if is_activation or not side.kernels:
-        return
     name = eqn.primitive.name
+    others = {view.leaf for view in other.kernels}
+    if isinstance(side.value, Data) and (isinstance(other.value, Weight) or _share(side.kernels, others)):
+        why = f"{name}: an input, multiplied with a parameter"
+        reader.note(_as_no_weight(kernels_in(side.value), name, why))
+        return
+    both_constant = isinstance(side.value, Data) and side.value.constant and is_constant(other.value)
+    kernels = kernels_in(side.value) if both_constant else side.kernels
     pairs = list(zip(side.contracted, other.contracted, strict=False))
-    one_hot = other.value.one_hot if isinstance(other.value, Data) else frozenset()
-    if pairs and all(dim in one_hot or side.shape[own] == 1 for own, dim in pairs):
-        why = f"{name} with one-hot arrays: a lookup table"
-        reader.note(_as_no_weight(side.kernels, name, why))
+    one_hot = other.value.one_hot if isinstance(other.value, Data) else frozenset[int]()
+    picked = [own for own, dim in pairs if dim in one_hot]
+    summed = [dim for dim in side.contracted if dim not in picked]
+    if picked and not any(side.shape[dim] > 1 for dim in summed):
+        reader.note(_as_no_weight(kernels, name, f"{name} with a one-hot array: {LOOKUP}"))
     else:
-        reader.note(uses_in_contraction(side.kernels, name, contracted=side.contracted, batch=side.batch))
+        batch = [*side.batch, *picked]
+        reader.note(uses_in_contraction(kernels, name, contracted=summed, batch=batch))
+
+
+def _share(views: Iterable[View], leaves: set[int]) -> bool:
+    return any(view.leaf in leaves for view in views)
 
 
 def _product_of_data(values: list[Value], shape: Shape, carried: Iterable[View] = ()) -> Value:
     if all(isinstance(value, Known) for value in values):
         return Known()
-    constant = all(isinstance(value, Weight) or is_constant(value) for value in values)
+    constant = all(map(is_constant_or_weight, values))
     return Data.of(shape, constant=constant, carried=carried)
 
 
-def _all_gather(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+def _resize(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    """Communication inside shard_map after which a dimension is longer or shorter."""
     old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
     if len(old) == len(new):
         return resized(values[0], old, new)
     return reader.read_unknown(eqn, values)[0]
 
 
+def _tile(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
+    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    return changed(values[0], [(dim,) for dim in range(len(new))], lambda view: view.diluted(old, new))
+
+
+# Operations entry by entry.
 _UNCHANGED = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint")
 # What multiplies entries by something: a kernel stays a kernel, and a one-hot array has its one entry.
 _SCALING = ("mul", "div", "neg", "select_n", *_UNCHANGED)
+_LINEAR = ("add", "add_any", "sub", *_SCALING)
 
 _ENTRY_BY_ENTRY = (
-    *_SCALING,
-    *("abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh"),
+    *_LINEAR,
+    *("abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh"),
     *("bessel_i0e", "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex"),
     *("conj", "cos", "cosh", "digamma", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1"),
     *("floor", "ge", "gt", "igamma", "igammac", "imag", "integer_pow", "is_finite", "le", "le_to"),
     *("lgamma", "log", "log1p", "logistic", "lt", "lt_to", "max", "min", "ne", "nextafter", "not", "or"),
     *("polygamma", "population_count", "pow", "real", "regularized_incomplete_beta", "rem", "round"),
     *("rsqrt", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh"),
-    *("sqrt", "square", "sub", "tan", "tanh", "xor", "zeta"),
+    *("sqrt", "square", "tan", "tanh", "xor", "zeta"),
 )
 
 # Whatever goes in comes out in the same place: communication inside shard_map, barriers, placement.
@@ -758,21 +847,13 @@ _REDUCTIONS = (
     *("reduce_sum", "reduce_xor"),
 )
 
-_SCATTERS = (
-    "scatter",
-    "scatter-add",
-    "scatter_add",
-    "scatter_max",
-    "scatter_min",
-    "scatter_mul",
-    "scatter_sub",
-)
+_SCATTERS = ("scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul", "scatter-sub")
 
 _RULES: dict[str, Callable[[_Reader, Any, list[Value]], Value]] = {
     **dict.fromkeys(_ENTRY_BY_ENTRY, _entry_by_entry),
     **dict.fromkeys(_REDUCTIONS, _reduce),
     **dict.fromkeys(_SCATTERS, _scatter),
-    "all_gather": _all_gather,
+    **dict.fromkeys(("all_gather", "all_gather_invariant", "all_gather_reduced", "reduce_scatter"), _resize),
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": _concatenate,
     "conv_general_dilated": _conv_general_dilated,
@@ -786,6 +867,8 @@ _RULES: dict[str, Callable[[_Reader, Any, list[Value]], Value]] = {
     "reshape": _reshape,
     "slice": _slice,
     "squeeze": _squeeze,
+    "stack": _stack,
+    "tile": _tile,
     "transpose": _transpose,
 }
 
@@ -814,7 +897,8 @@ def _agreed(uses: list[Use], is_used_without_gradient: bool) -> WeightAxes:
     if unclear:
         return left_alone(unclear[0].why, unclear[0].op)
     if not uses:
-        return left_alone("no gradient comes back to it" if is_used_without_gradient else "it is not used")
+        why = "no gradient comes back to it" if is_used_without_gradient else "it never meets the data"
+        return left_alone(why)
     if not weights:
         telling = [use for use in others if not use.weak] or others
         return left_alone(telling[0].why, telling[0].op)

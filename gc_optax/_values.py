@@ -13,7 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._provenance import Shape, View, reshape_groups
+from ._provenance import Shape, View, most_complete, reshape_groups
+
+# How many views of its parameters a value may hold.
+_FEW_VIEWS = 32
+_MOST_VIEWS_EACH = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Data:
         constant: whether it depends on nothing but parameters and arrays that are constants: the
             batch, where the function closes over it, but perhaps a fixed transform of a kernel.
         carried: the parameters that it is a version of, should it turn out to be a kernel itself:
-            modulated by the data, masked by it, or multiplied by a constant.
+            modulated or masked by the data, picked by it, or multiplied by a constant.
     """
 
     varies: frozenset[int]
@@ -87,6 +91,11 @@ def is_key(dtype: Any) -> bool:
 def is_constant(value: Value) -> bool:
     """Whether nothing but constants and parameters are in it."""
     return isinstance(value, Known) or (isinstance(value, Data) and value.constant)
+
+
+def is_constant_or_weight(value: Value) -> bool:
+    """Whether nothing but constants and parameters are in it, in a kernel too."""
+    return isinstance(value, Weight) or is_constant(value)
 
 
 def views_in(values: Iterable[Value]) -> frozenset[View]:
@@ -190,13 +199,7 @@ def cut(value: Value, old: Shape, new: Shape) -> Value:
 
 def after_loop(value: Value, loop: int) -> Value:
     """What a loop leaves in a value that it carries along."""
-    match value:
-        case Weight():
-            return Weight(frozenset(view.after_loop(loop) for view in value.views))
-        case Data():
-            return dataclasses.replace(value, carried=frozenset())
-        case Known():
-            return value
+    return with_views_changed(value, lambda view: view.after_loop(loop))
 
 
 def stacked(value: Value, shape: Shape, loop: int) -> Value:
@@ -205,7 +208,8 @@ def stacked(value: Value, shape: Shape, loop: int) -> Value:
         case Weight():
             return Weight(frozenset(view.stacked(loop) for view in value.views))
         case Data():
-            return Data.of(shape, constant=value.constant)
+            carried = [view.stacked(loop) for view in value.carried]
+            return Data.of(shape, constant=value.constant, carried=carried)
         case Known():
             return Known()
 
@@ -213,6 +217,25 @@ def stacked(value: Value, shape: Shape, loop: int) -> Value:
 def variation(value: Value, shape: Shape) -> frozenset[int]:
     """The dimensions along which data is not constant."""
     return value.varies | owned_by(value.carried, shape) if isinstance(value, Data) else frozenset()
+
+
+def kernels_in(value: Value) -> frozenset[View]:
+    """The parameters that a value is a kernel made of, or may be."""
+    match value:
+        case Weight():
+            return value.views
+        case Data():
+            return frozenset(view for view in value.carried if not view.pending)
+        case Known():
+            return frozenset()
+
+
+def fewer_views(value: Value, shape: Shape) -> Value:
+    """A value of which less is known where it would be too much: networks of nothing but parameters."""
+    views = value.views if isinstance(value, Weight) else frozenset()
+    if len(views) <= _FEW_VIEWS or len(views) <= _MOST_VIEWS_EACH * len({view.leaf for view in views}):
+        return value
+    return Weight(frozenset(view.opaque(shape).tangled() for view in most_complete(views)))
 
 
 def with_views_changed(value: Value, change: Callable[[View], View]) -> Value:
