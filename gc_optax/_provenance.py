@@ -13,8 +13,6 @@ from typing import Literal, NamedTuple, Self
 Shape = tuple[int, ...]
 Axes = frozenset[int]
 
-LOOKUP = "a lookup table"
-
 # The leaf of a kernel that is no parameter, but that two parameters multiplied make a correction to.
 FROZEN = -1
 
@@ -71,7 +69,7 @@ class View:
         link: the product with another parameter in which this one took part.
         is_tangled: whether it took part in more than a product: in one of products, or in one that went
             through a function that is not linear.
-        is_looked_up: whether the data says which entries of it are in the value.
+        lookup: the primitive by which the data picked the entries that are in the value, if it did.
     """
 
     leaf: int
@@ -82,7 +80,7 @@ class View:
     loops: tuple[Loop, ...] = ()
     link: Link | None = None
     is_tangled: bool = False
-    is_looked_up: bool = False
+    lookup: str = ""
 
     @classmethod
     def whole(cls, leaf: int, shape: Shape) -> Self:
@@ -178,9 +176,10 @@ class View:
         """After a function that is not linear, through which a product cannot be followed."""
         return dataclasses.replace(self, link=None, is_tangled=True) if self.is_product else self
 
-    def looked_up(self) -> Self:
-        """Some of its entries, and the data says which."""
-        return dataclasses.replace(self, is_looked_up=True)
+    def picked_by(self, op: str, is_own: Sequence[bool]) -> Self:
+        """Some of its entries, which the data picks; not all dimensions of the value are its own."""
+        dims = (pieces if own else () for pieces, own in zip(self.dims, is_own, strict=True))
+        return dataclasses.replace(self.with_dims(dims), lookup=op)
 
     def times_constant(
         self, contracted: Collection[int], sources: Sequence[int | None], shape: Shape
@@ -346,8 +345,8 @@ def _use(
     if not entrance:
         why = f"{op}: none of its axes is summed over"
         return Use(view.leaf, "no weight", op, why, weak=bool(view.summed or view.link))
-    if view.is_looked_up and not outer:
-        return Use(view.leaf, "no weight", op, LOOKUP)
+    if view.lookup and not outer:
+        return Use(view.leaf, "no weight", op, f"{view.lookup}: a lookup table")
     if split := entrance & (rest | looped):
         return unclear(f"{op}: the data meets only a part of {listed(split)}, the rest is used otherwise")
     if part := entrance & view.sliced:

@@ -20,7 +20,7 @@ from jax import tree_util as jtu
 from jax.extend import core as jex
 
 from ._axes import PyTree, WeightAxes, applicable, is_array_like, left_alone, place, stacklevel_of_the_user
-from ._provenance import FROZEN, LOOKUP, Shape, Use, View, most_complete, uses_in_contraction
+from ._provenance import FROZEN, Shape, Use, View, most_complete, uses_in_contraction
 from ._values import (
     Data,
     Known,
@@ -499,9 +499,8 @@ def _as_no_weight(views: Iterable[View], op: str, why: str, *, weak: bool = Fals
             yield Use(view.leaf, "no weight", op, f"{op}: only a statistic of it meets the data", weak=True)
         elif view.is_product and not weak:
             yield _unclear_product(view, op)
-        elif view.is_looked_up:
-            yield Use(view.leaf, "no weight", op, LOOKUP, weak=weak)
         else:
+            why = f"{view.lookup}: a lookup table" if view.lookup else why
             yield Use(view.leaf, "no weight", op, why, weak=weak)
 
 
@@ -618,25 +617,26 @@ def _gather(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
     sources: list[int | None] = [None] * len(new)
-    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    for target, dim in zip(numbers.offset_dims, (d for d in range(len(old)) if d not in gone), strict=True):
+    pointed = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    kept = (dim for dim in range(len(old)) if dim not in pointed)
+    for target, dim in zip(numbers.offset_dims, kept, strict=True):
         sources[target] = dim
 
     def gathered(view: View) -> View:
-        # The indices' dimensions run along the operand's that they point into.
-        pointed = view.rearranged([*gone]).opaque(tuple(new))
-        cut = view.cut(old, tuple(sizes)).rearranged(sources)
-        return cut.with_dims(
-            other if source is None else own
-            for own, other, source in zip(cut.dims, pointed.dims, sources, strict=True)
-        )
+        # The dimensions of the indices run along those of the operand that they point into.
+        along = view.rearranged([*pointed]).opaque(new).dims
+        own = view.cut(old, tuple(sizes)).rearranged(sources)
+        dims = zip(own.dims, along, sources, strict=True)
+        return own.with_dims(other if source is None else pieces for pieces, other, source in dims)
 
-    return _looked_up(reader, eqn, values, gathered, sources)
+    is_whole = [source is not None and old[source] == sizes[source] for source in sources]
+    return _looked_up(reader, eqn, values, gathered, sources, is_whole)
 
 
 def _dynamic_slice(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
     old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    return _looked_up(reader, eqn, values, lambda view: view.cut(old, new), range(len(new)))
+    is_whole = [before == after for before, after in zip(old, new, strict=True)]
+    return _looked_up(reader, eqn, values, lambda view: view.cut(old, new), range(len(new)), is_whole)
 
 
 def _looked_up(
@@ -645,16 +645,28 @@ def _looked_up(
     values: list[Value],
     change: Callable[[View], View],
     sources: Sequence[int | None],
+    is_whole: Sequence[bool],
 ) -> Value:
+    """Some entries of the first value, at indices that are the others.
+
+    Args:
+        reader: notes what that says.
+        eqn: the equation.
+        values: its arguments.
+        change: the operation for a parameter's view.
+        sources: for each new dimension, the one that it was.
+        is_whole: for each new dimension, whether it is all of the one that it was.
+    """
     operand, *indices = values
     shape = _shape(eqn.outvars[0])
     views = frozenset(map(change, kernels_in(operand)))
     if all(isinstance(index, Known) for index in indices):
         return _made_of(views, [operand], shape)
-    # What is left of a parameter after the lookup may be a matrix, of an expert say.
-    matrices = frozenset(view.looked_up() for view in views if len(view.owned(shape)) > 1)
-    why = f"{eqn.primitive.name}: {LOOKUP}"
-    reader.note(_as_no_weight(kernels_in(operand), eqn.primitive.name, why, weak=bool(matrices)))
+    # What the data picks may be a vector, of an embedding, or a matrix, of an expert.
+    name = eqn.primitive.name
+    matrices = [view for view in (v.picked_by(name, is_whole) for v in views) if len(view.owned(shape)) > 1]
+    why = f"{name}: a lookup table"
+    reader.note(_as_no_weight(kernels_in(operand), name, why, weak=bool(matrices)))
     result = _product_of_data(values, shape, matrices)
     one_hot = () if isinstance(operand, Weight) else operand.one_hot
     hot = [dim for dim, source in enumerate(sources) if source in one_hot]
@@ -788,7 +800,7 @@ def _note_contraction(reader: _Reader, eqn: Any, side: _Operand, other: _Operand
     picked = [own for own, dim in pairs if dim in one_hot]
     summed = [dim for dim in side.contracted if dim not in picked]
     if picked and not any(side.shape[dim] > 1 for dim in summed):
-        reader.note(_as_no_weight(kernels, name, f"{name} with a one-hot array: {LOOKUP}"))
+        reader.note(_as_no_weight(kernels, name, f"{name} with a one-hot array: a lookup table"))
     else:
         batch = [*side.batch, *picked]
         reader.note(uses_in_contraction(kernels, name, contracted=summed, batch=batch))
