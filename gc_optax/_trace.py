@@ -6,11 +6,11 @@ alone, `Data` for everything else. Where a `Weight` meets `Data`, the equation's
 parameter is used for.
 """
 
+import collections
 import dataclasses
 import functools
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,30 +20,22 @@ from jax import tree_util as jtu
 from jax.extend import core as jex
 
 from ._axes import PyTree, WeightAxes, applicable, is_array_like, left_alone, place, stacklevel_of_the_user
-from ._provenance import FROZEN, Shape, Use, View, most_complete, uses_in_contraction
+from ._primitives import no_weight, results, shape_of, unclear_product
+from ._provenance import Shape, Use, View, most_complete
 from ._values import (
     Data,
     Known,
     Value,
     Weight,
     after_loop,
-    broadcast,
     changed,
-    cut,
     fewer_views,
-    is_constant,
-    is_constant_or_weight,
     is_key,
     join,
     kernels_in,
-    owned_by,
-    rearranged,
-    reshaped,
     resized,
     stacked,
     variation,
-    views_in,
-    with_views_changed,
 )
 
 
@@ -125,7 +117,7 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
     ]
     reader = _Reader()
     reader.end(reader.read_jaxpr(closed, values))
-    axes = [_verdict(leaf, number, reader) for number, leaf in enumerate(leaves)]
+    axes = _verdicts(leaves, reader)
     _warn_of_unclear_uses(places, axes, {use.leaf for use in reader.uses if use.how == "unclear"})
     return jax.tree.unflatten(structure, axes)
 
@@ -167,9 +159,7 @@ class _Reader:
     def end(self, outputs: Iterable[Value]) -> None:
         """Notes what is returned without having met the data."""
         returned = most_complete(frozenset[View]().union(*map(kernels_in, outputs)))
-        self.note(
-            _unclear_product(view, "the output") for view in returned if view.is_product and view.placed
-        )
+        self.note(unclear_product(view, "the output") for view in returned if view.is_product and view.placed)
 
     def read_jaxpr(
         self, jaxpr: Any, values: Sequence[Value], is_output_live: Sequence[bool] | None = None
@@ -217,34 +207,28 @@ class _Reader:
 
     def _read_equation(self, eqn: Any, values: list[Value], live: list[bool]) -> list[Value]:
         name = eqn.primitive.name
-        if name in _RULES:
-            outputs = [_RULES[name](self, eqn, values)]
-        elif name in _CONTROL_FLOW:
+        if name in _CONTROL_FLOW:
             outputs = _CONTROL_FLOW[name](self, eqn, values, live)
-        elif name == "split":
-            outputs = [cut(values[0], _shape(eqn.invars[0]), _shape(var)) for var in eqn.outvars]
-        elif name == "unstack":
-            outputs = _unstack(eqn, values)
-        elif name in _EACH_BY_ITSELF and len(values) == len(eqn.outvars):
-            outputs = values
         elif self._stops_gradient(eqn):
-            outputs = [self._as_constant(values[0])]
+            outputs = [self._as_constant(values[0], shape_of(eqn.outvars[0]))]
         elif body := _body_with_the_same_arguments(eqn):
             outputs = self._read_body(eqn, body, values, live)
         else:
-            outputs = self.read_unknown(eqn, values)
+            outputs = results(self.note, eqn, values)
         return [self._settled(value, var) for value, var in zip(outputs, eqn.outvars, strict=True)]
 
     def _settled(self, value: Value, var: Any) -> Value:
         if is_key(_dtype(var.aval)):
             return Known()
         # A mask that a threshold on the weights makes is a constant as far as the gradient can tell.
-        return (
-            fewer_views(value, _shape(var)) if self._is_differentiable(var.aval) else self._as_constant(value)
-        )
+        if not self._is_differentiable(var.aval):
+            return self._as_constant(value, shape_of(var))
+        return fewer_views(value, shape_of(var))
 
-    def _as_constant(self, value: Value) -> Value:
-        self.without_gradient.update(view.leaf for view in views_in([value]))
+    def _as_constant(self, value: Value, shape: Shape) -> Value:
+        self.without_gradient.update(view.leaf for view in kernels_in(value))
+        if isinstance(value, Data):
+            return dataclasses.replace(value, varies=variation(value, shape), carried=frozenset())
         return Known() if isinstance(value, Weight) else value
 
     def _read_body(self, eqn: Any, body: Any, values: list[Value], live: list[bool]) -> list[Value]:
@@ -257,18 +241,6 @@ class _Reader:
         self._has_own_derivative = outer
         return _all_resized(outputs, inside.outvars, eqn.outvars)
 
-    def read_unknown(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """The outputs of an equation of which nothing is known but which values go into it."""
-        shapes = [_shape(var) for var in eqn.outvars]
-        views = most_complete(frozenset[View]().union(*map(kernels_in, values)))
-        if not any(isinstance(value, Data) and not kernels_in(value) for value in values):
-            opaque = [frozenset(view.opaque(shape).tangled() for view in views) for shape in shapes]
-            return [_made_of(seen, values, shape) for seen, shape in zip(opaque, shapes, strict=True)]
-        name = eqn.primitive.name
-        why = f"{name}: an operation on it together with the data that infer_axes cannot read"
-        self.note(Use(view.leaf, "unclear", name, why) for view in views)
-        return [_product_of_data(values, shape) for shape in shapes]
-
     # Loops and branches. Each has an order of arguments of its own.
 
     def read_scan(self, eqn: Any, values: list[Value], live: list[bool]) -> list[Value]:
@@ -276,14 +248,14 @@ class _Reader:
         fixed, carried = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
         loop = id(eqn)
         each = [
-            changed(value, [(dim,) for dim in range(1, len(_shape(var)))], lambda view: view.in_loop(loop))
+            changed(value, [(dim,) for dim in range(1, len(shape_of(var)))], lambda view: view.in_loop(loop))
             for value, var in zip(values[carried:], eqn.invars[carried:], strict=True)
         ]
         carry, rest = self._read_loop(
             eqn, eqn.params["jaxpr"], values[:fixed], values[fixed:carried], each, live
         )
         return [after_loop(value, loop) for value in carry] + [
-            stacked(value, _shape(var), loop)
+            stacked(value, shape_of(var), loop)
             for value, var in zip(rest, eqn.outvars[len(carry) :], strict=True)
         ]
 
@@ -322,8 +294,9 @@ class _Reader:
             self._note_mixed_with_data(carry, joined)
             carry = joined
         why = "a loop reshapes it from round to round"
-        self.note(Use(view.leaf, "unclear", eqn.primitive.name, why) for view in views_in([*carry, *outputs]))
-        data: list[Value] = [Data.of(_shape(var)) for var in body.jaxpr.outvars]
+        carried = frozenset[View]().union(*map(kernels_in, [*carry, *outputs]))
+        self.note(Use(view.leaf, "unclear", eqn.primitive.name, why) for view in carried)
+        data: list[Value] = [Data.of(shape_of(var)) for var in body.jaxpr.outvars]
         return data[: len(carry)], data[len(carry) :]
 
     def read_cond(self, eqn: Any, values: list[Value], live: list[bool]) -> list[Value]:
@@ -338,7 +311,7 @@ class _Reader:
         """Notes the parameters that become data: the state that a loop begins with, say."""
         why = "it takes the place of the data: a starting value, say"
         for value, after in zip(values, joined, strict=False):
-            self.note(_as_no_weight(kernels_in(value) - kernels_in(after), "a loop or a branch", why))
+            self.note(no_weight(kernels_in(value) - kernels_in(after), "a loop or a branch", why))
 
 
 def _is_var(atom: Any) -> bool:
@@ -347,10 +320,6 @@ def _is_var(atom: Any) -> bool:
 
 def _dtype(aval: Any) -> Any:
     return getattr(aval, "dtype", jnp.dtype(bool))
-
-
-def _shape(atom: Any) -> Shape:
-    return tuple(getattr(atom.aval, "shape", ()))
 
 
 def _body_with_the_same_arguments(eqn: Any) -> Any:
@@ -364,525 +333,16 @@ def _body_with_the_same_arguments(eqn: Any) -> Any:
     body = getattr(held[0], "jaxpr", held[0])
     inside, outside = body.invars + body.outvars, eqn.invars + eqn.outvars
     fits = len(body.invars) == len(eqn.invars) and len(inside) == len(outside)
-    ranks = [(len(_shape(a)), len(_shape(b))) for a, b in zip(inside, outside, strict=False)]
+    ranks = [(len(shape_of(a)), len(shape_of(b))) for a, b in zip(inside, outside, strict=False)]
     return held[0] if fits and all(a == b for a, b in ranks) else None
 
 
 def _all_resized(values: Sequence[Value], before: Sequence[Any], after: Sequence[Any]) -> list[Value]:
     return [
-        resized(value, _shape(old), _shape(new))
+        resized(value, shape_of(old), shape_of(new))
         for value, old, new in zip(values, before, after, strict=True)
     ]
 
-
-# One function for each kind of primitive with one output: what it says about parameters, and what comes out.
-
-
-def _entry_by_entry(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    name, shape = eqn.primitive.name, _shape(eqn.outvars[0])
-    values = [broadcast(value, _shape(var), shape) for value, var in zip(values, eqn.invars, strict=True)]
-    sizes = [math.prod(_shape(var)) for var in eqn.invars]
-    views = frozenset[View]().union(*map(kernels_in, values))
-    if not views:
-        if all(isinstance(value, Known) for value in values):
-            return _constant_entry_by_entry(name, values, sizes)
-        return _data_entry_by_entry(name, values, sizes, shape)
-    values = _without_masks(name, values, owned_by(views, shape), shape)
-    if name not in _LINEAR:
-        views = frozenset(view.tangled() for view in views)
-    elif name in ("add", "sub") and _is_frozen_kernel_among(values, sizes):
-        views = _with_frozen_kernel(views, shape)
-    data = [value for value in values if isinstance(value, Data)]
-    if not data:
-        return Weight(views)
-    owned = owned_by(views, shape)
-    constant = all(map(is_constant, data))
-    why = f"{name}: a bias, a scale or a gate"
-    plain = [value for value in data if not kernels_in(value)]
-    varies = frozenset[int]().union(*(variation(value, shape) for value in plain))
-    is_modulated = bool(owned - varies) and (not varies or _scales(name, values))
-    if not (is_modulated or not plain or _is_mask_or_kernel(name, plain, varies, owned)):
-        reader.note(_as_no_weight(views, name, why))
-        return Data.of(shape, constant=constant)
-    # It may be a kernel still: the data that scales it along some of its axes may be contracted over the
-    # others, and an argument of its shape may be a mask of it, or the frozen kernel that it is added to.
-    reader.note(_as_no_weight(views_in(values), name, why, weak=True))
-    if plain and name in ("add", "sub"):
-        views = _with_frozen_kernel(views, shape)
-    carrying = frozenset[int]().union(*(value.varies for value in data if kernels_in(value)))
-    return Data(carrying | (varies if is_modulated else varies - owned), constant=constant, carried=views)
-
-
-def _constant_entry_by_entry(name: str, values: list[Value], sizes: list[int]) -> Known:
-    known = [value for value in values if isinstance(value, Known)]
-    arrays = [value for value, size in zip(known, sizes, strict=True) if size > 1]
-    if name == "eq" and len(known) == 2:
-        counted = {value.counts for value in known if value.counts is not None}
-        return Known(one_hot=frozenset(counted) if len(counted) == 2 else frozenset())
-    if name in ("add", "sub", *_UNCHANGED) and len(arrays) == 1:
-        return arrays[0]
-    return Known()
-
-
-def _data_entry_by_entry(name: str, values: list[Value], sizes: list[int], shape: Shape) -> Data:
-    data = [value for value in values if isinstance(value, Data)]
-    one_hot = (dim for dim in range(len(shape)) if _is_one_hot(name, values, sizes, shape, dim))
-    if len(data) == 1 and data[0].carried and name in _LINEAR:
-        return dataclasses.replace(data[0], one_hot=frozenset(), raw=False)
-    return Data(
-        varies=frozenset[int]().union(*(variation(value, shape) for value in data)),
-        one_hot=frozenset(one_hot),
-        raw=name in _UNCHANGED and data[0].raw,
-        constant=all(map(is_constant, values)),
-    )
-
-
-def _is_one_hot(name: str, values: list[Value], sizes: list[int], shape: Shape, dim: int) -> bool:
-    def is_constant_along(value: Value, size: int) -> bool:
-        return size == 1 or (isinstance(value, Data) and dim not in variation(value, shape))
-
-    if name == "eq":
-        return any(
-            isinstance(value, Known) and value.counts == dim and is_constant_along(other, size)
-            for value, other, size in zip(values, values[::-1], sizes[::-1], strict=True)
-        )
-    hot = [isinstance(value, Data) and dim in value.one_hot for value in values]
-    others = zip(values, sizes, hot, strict=True)
-    return (
-        name in _SCALING
-        and any(hot)
-        and all(is_hot or is_constant_along(value, size) for value, size, is_hot in others)
-    )
-
-
-def _without_masks(name: str, values: list[Value], owned: frozenset[int], shape: Shape) -> list[Value]:
-    """With arrays that the function closes over, and that run along a kernel, for what they are: masks."""
-
-    def is_mask(value: Value) -> bool:
-        return isinstance(value, Data) and value.raw and value.constant and variation(value, shape) <= owned
-
-    if name not in ("mul", "select_n") or len(owned) < 2:
-        return values
-    return [Known() if is_mask(value) else value for value in values]
-
-
-def _is_frozen_kernel_among(values: list[Value], sizes: list[int]) -> bool:
-    return any(
-        isinstance(value, Known) and value.counts is None and size > 1
-        for value, size in zip(values, sizes, strict=True)
-    )
-
-
-def _is_mask_or_kernel(name: str, data: list[Data], varies: frozenset[int], owned: frozenset[int]) -> bool:
-    is_raw = all(value.raw for value in data) and len(owned) > 1
-    return is_raw and name in _LINEAR and (varies == owned or (name == "mul" and varies <= owned))
-
-
-def _scales(name: str, values: list[Value]) -> bool:
-    if name == "div":
-        return bool(kernels_in(values[0]))
-    if name == "select_n":
-        return not any(isinstance(case, Data) and not kernels_in(case) for case in values[1:])
-    return name == "mul"
-
-
-def _with_frozen_kernel(views: frozenset[View], shape: Shape) -> frozenset[View]:
-    """With a kernel that is no parameter, where there is a product of parameters to correct it."""
-    return views | {View.whole(FROZEN, shape)} if any(view.link for view in views) else views
-
-
-def _as_no_weight(views: Iterable[View], op: str, why: str, *, weak: bool = False) -> Iterator[Use]:
-    for view in most_complete(views):
-        if view.leaf == FROZEN:
-            continue
-        if not view.placed or view.summed:
-            yield Use(view.leaf, "no weight", op, f"{op}: only a statistic of it meets the data", weak=True)
-        elif view.is_product and not weak:
-            yield _unclear_product(view, op)
-        else:
-            why = f"{view.lookup}: a lookup table" if view.lookup else why
-            yield Use(view.leaf, "no weight", op, why, weak=weak)
-
-
-def _unclear_product(view: View, op: str) -> Use:
-    return Use(view.leaf, "unclear", op, f"{op}: a product of parameters with data on neither side")
-
-
-def _transpose(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    return rearranged(values[0], eqn.params["permutation"])
-
-
-def _reshape(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    value, old = values[0], _shape(eqn.invars[0])
-    if eqn.params["dimensions"] is not None:
-        value = rearranged(value, eqn.params["dimensions"])
-        old = tuple(old[dim] for dim in eqn.params["dimensions"])
-    return reshaped(value, old, _shape(eqn.outvars[0]))
-
-
-def _squeeze(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    kept = [dim for dim in range(len(_shape(eqn.invars[0]))) if dim not in eqn.params["dimensions"]]
-    return rearranged(values[0], kept)
-
-
-def _broadcast_in_dim(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    sources: list[int | None] = [None] * len(new)
-    for dim, target in enumerate(eqn.params["broadcast_dimensions"]):
-        sources[target] = dim if old[dim] == new[target] else None
-    return rearranged(values[0], sources)
-
-
-def _iota(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    return Known(counts=eqn.params["dimension"])
-
-
-def _slice(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    return cut(values[0], _shape(eqn.invars[0]), _shape(eqn.outvars[0]))
-
-
-def _unstack(eqn: Any, values: list[Value]) -> list[Value]:
-    old, axis = _shape(eqn.invars[0]), eqn.params["axis"]
-    kept = [dim for dim in range(len(old)) if dim != axis]
-    part = cut(values[0], old, tuple(1 if dim == axis else size for dim, size in enumerate(old)))
-    return [rearranged(part, kept) for _ in eqn.outvars]
-
-
-def _pad(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    if not (kernels_in(values[0]) and is_constant(values[1])):
-        return _joined_with_data(reader, eqn, values)
-    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    is_cropped = any(low < 0 or high < 0 for low, high, _ in eqn.params["padding_config"])
-    return with_views_changed(values[0], lambda view: (view.cut if is_cropped else view.diluted)(old, new))
-
-
-def _concatenate(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    new = _shape(eqn.outvars[0])
-    shapes = map(_shape, eqn.invars)
-    return _side_by_side(reader, eqn, values, [_diluting(shape, new) for shape in shapes])
-
-
-def _stack(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    axis, rank = eqn.params["axis"], len(_shape(eqn.outvars[0]))
-    sources = [None if dim == axis else dim - (dim > axis) for dim in range(rank)]
-    return _side_by_side(reader, eqn, values, [lambda view: view.rearranged(sources)] * len(values))
-
-
-def _side_by_side(
-    reader: _Reader, eqn: Any, values: list[Value], changes: Sequence[Callable[[View], View]]
-) -> Value:
-    if any(isinstance(value, Data) and not kernels_in(value) for value in values):
-        return _joined_with_data(reader, eqn, values)
-    views = frozenset(
-        change(view) for value, change in zip(values, changes, strict=True) for view in kernels_in(value)
-    )
-    return _made_of(views, values, _shape(eqn.outvars[0]))
-
-
-def _diluting(old: Shape, new: Shape) -> Callable[[View], View]:
-    return lambda view: view.diluted(old, new)
-
-
-def _made_of(views: frozenset[View], values: list[Value], shape: Shape) -> Value:
-    """A value that is a kernel made of some parameters, and of nothing else but constants."""
-    if any(isinstance(value, Data) for value in values):
-        return Data.of(shape, constant=all(map(is_constant_or_weight, values)), carried=views)
-    return Weight(views) if views else Known()
-
-
-def _joined_with_data(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    """Parameters in a row with the data: a class token, say."""
-    name = eqn.primitive.name
-    views = frozenset[View]().union(*map(kernels_in, values))
-    reader.note(_as_no_weight(views, name, f"{name}: an input, in a row with the data"))
-    return _product_of_data(values, _shape(eqn.outvars[0]))
-
-
-def _reduce(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    value, old, over = values[0], _shape(eqn.invars[0]), eqn.params["axes"]
-    kept = [dim for dim in range(len(old)) if dim not in over]
-    if isinstance(value, Known):
-        return Known()
-    if isinstance(value, Data):
-        value = dataclasses.replace(value, one_hot=frozenset(), raw=False)
-        owned = owned_by(kernels_in(value), old).intersection(over)
-        if eqn.primitive.name == "reduce_sum" and owned and owned <= value.varies:
-            # A product entry by entry and a sum: a contraction, spelled out.
-            reader.note(uses_in_contraction(kernels_in(value), "reduce_sum", contracted=over))
-            value = dataclasses.replace(value, varies=variation(value, old), carried=frozenset())
-    return changed(value, [(dim,) for dim in kept], lambda view: view.reduced(over))
-
-
-def _gather(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    sources: list[int | None] = [None] * len(new)
-    pointed = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    kept = (dim for dim in range(len(old)) if dim not in pointed)
-    for target, dim in zip(numbers.offset_dims, kept, strict=True):
-        sources[target] = dim
-
-    def gathered(view: View) -> View:
-        # The dimensions of the indices run along those of the operand that they point into.
-        along = view.rearranged([*pointed]).opaque(new).dims
-        own = view.cut(old, tuple(sizes)).rearranged(sources)
-        dims = zip(own.dims, along, sources, strict=True)
-        return own.with_dims(other if source is None else pieces for pieces, other, source in dims)
-
-    is_whole = [source is not None and old[source] == sizes[source] for source in sources]
-    return _looked_up(reader, eqn, values, gathered, sources, is_whole)
-
-
-def _dynamic_slice(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    is_whole = [before == after for before, after in zip(old, new, strict=True)]
-    return _looked_up(reader, eqn, values, lambda view: view.cut(old, new), range(len(new)), is_whole)
-
-
-def _looked_up(
-    reader: _Reader,
-    eqn: Any,
-    values: list[Value],
-    change: Callable[[View], View],
-    sources: Sequence[int | None],
-    is_whole: Sequence[bool],
-) -> Value:
-    """Some entries of the first value, at indices that are the others.
-
-    Args:
-        reader: notes what that says.
-        eqn: the equation.
-        values: its arguments.
-        change: the operation for a parameter's view.
-        sources: for each new dimension, the one that it was.
-        is_whole: for each new dimension, whether it is all of the one that it was.
-    """
-    operand, *indices = values
-    shape = _shape(eqn.outvars[0])
-    views = frozenset(map(change, kernels_in(operand)))
-    if all(isinstance(index, Known) for index in indices):
-        return _made_of(views, [operand], shape)
-    # What the data picks may be a vector, of an embedding, or a matrix, of an expert.
-    name = eqn.primitive.name
-    matrices = [view for view in (v.picked_by(name, is_whole) for v in views) if len(view.owned(shape)) > 1]
-    why = f"{name}: a lookup table"
-    reader.note(_as_no_weight(kernels_in(operand), name, why, weak=bool(matrices)))
-    result = _product_of_data(values, shape, matrices)
-    one_hot = () if isinstance(operand, Weight) else operand.one_hot
-    hot = [dim for dim, source in enumerate(sources) if source in one_hot]
-    return dataclasses.replace(result, one_hot=frozenset(hot)) if isinstance(result, Data) else result
-
-
-def _scatter(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    operand, indices, updates = values
-    return _written_into(reader, eqn, operand, updates, [indices])
-
-
-def _dynamic_update_slice(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    operand, updates, *indices = values
-    return _written_into(reader, eqn, operand, updates, indices)
-
-
-def _written_into(
-    reader: _Reader, eqn: Any, operand: Value, updates: Value, indices: Sequence[Value]
-) -> Value:
-    values = [operand, updates]
-    if not all(isinstance(index, Known) for index in indices) or any(
-        isinstance(value, Data) and not kernels_in(value) for value in values
-    ):
-        return _joined_with_data(reader, eqn, [*values, *indices])
-    shape = _shape(eqn.outvars[0])
-    written = frozenset(view.opaque(shape) for view in kernels_in(updates))
-    return _made_of(kernels_in(operand) | written, values, shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Operand:
-    """One side of a product."""
-
-    value: Value
-    shape: Shape
-    contracted: Sequence[int]
-    batch: Sequence[int]
-
-    @property
-    def free(self) -> list[int]:
-        return [dim for dim in range(len(self.shape)) if dim not in {*self.contracted, *self.batch}]
-
-    @property
-    def kernels(self) -> frozenset[View]:
-        """The parameters that this side is a kernel made of, or may be, products with constants included."""
-        return self.value.carried if isinstance(self.value, Data) else views_in([self.value])
-
-
-def _dot_general(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    contracted, batch = eqn.params["dimension_numbers"]
-    a, b = map(_Operand, values, map(_shape, eqn.invars), contracted, batch)
-    sources_a = [*a.batch, *a.free, *[None] * len(b.free)]
-    sources_b = [*b.batch, *[None] * len(a.free), *b.free]
-    if isinstance(a.value, Weight) and isinstance(b.value, Weight):
-        views = [
-            view.linked(id(eqn), number, side.contracted, low_rank=_is_of_low_rank(a, b)).rearranged(sources)
-            for number, (side, sources) in enumerate(((a, sources_a), (b, sources_b)))
-            for view in side.kernels
-        ]
-        return Weight(frozenset(views))
-    shape = _shape(eqn.outvars[0])
-    pending: list[View] = []
-    for side, other, sources in ((a, b, sources_a), (b, a, sources_b)):
-        _note_contraction(reader, eqn, side, other)
-        if is_constant(other.value):
-            kernels = kernels_in(side.value)
-            pending += (view.times_constant(side.contracted, sources, shape) for view in kernels)
-    result = _product_of_data(values, shape, pending)
-    if not contracted[0] and isinstance(result, Data):
-        return dataclasses.replace(
-            result, one_hot=_one_hot_in_product(a, sources_a) | _one_hot_in_product(b, sources_b)
-        )
-    return result
-
-
-def _is_of_low_rank(a: _Operand, b: _Operand) -> bool:
-    rank, *left = (
-        math.prod(side.shape[dim] for dim in dims)
-        for side, dims in ((a, a.contracted), (a, a.free), (b, b.free))
-    )
-    return rank < min(left)
-
-
-def _one_hot_in_product(side: _Operand, sources: Sequence[int | None]) -> frozenset[int]:
-    one_hot = side.value.one_hot if isinstance(side.value, Data) else frozenset[int]()
-    return frozenset(dim for dim, source in enumerate(sources) if source in one_hot)
-
-
-def _ragged_dot_general(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    contracted, batch = numbers.dot_dimension_numbers
-    groups = [(), numbers.rhs_group_dimensions]
-    batch = [[*dims, *more] for dims, more in zip(batch, groups, strict=True)]
-    a, b = map(_Operand, values[:2], map(_shape, eqn.invars[:2]), contracted, batch)
-    if isinstance(a.value, Weight):
-        reader.note(_unclear_product(view, eqn.primitive.name) for view in views_in(values))
-    else:
-        _note_contraction(reader, eqn, b, a)
-    return _product_of_data(values, _shape(eqn.outvars[0]))
-
-
-def _conv_general_dilated(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    name = eqn.primitive.name
-    out, *contracted = eqn.params["dimension_numbers"].rhs_spec
-    image, kernel = values
-    if isinstance(image, Weight) and isinstance(kernel, Weight):
-        reader.note(_unclear_product(view, name) for view in views_in(values))
-    elif isinstance(image, Weight):
-        why = f"{name}: an input, it is what is convolved"
-        reader.note(_as_no_weight(image.views, name, why))
-    groups = eqn.params["feature_group_count"]
-    if not isinstance(image, Weight) or isinstance(kernel, Data):
-        kernels = with_views_changed(kernel, lambda view: view.without_groups(out, groups))
-        own = _Operand(kernels, _shape(eqn.invars[1]), contracted, ())
-        _note_contraction(reader, eqn, own, _Operand(image, _shape(eqn.invars[0]), (), ()))
-    return _product_of_data(values, _shape(eqn.outvars[0]))
-
-
-def _note_contraction(reader: _Reader, eqn: Any, side: _Operand, other: _Operand) -> None:
-    """Notes what the parameters on one side of a product are there, given what is on the other."""
-    name = eqn.primitive.name
-    others = {view.leaf for view in other.kernels}
-    if isinstance(side.value, Data) and (isinstance(other.value, Weight) or _share(side.kernels, others)):
-        why = f"{name}: an input, multiplied with a parameter"
-        reader.note(_as_no_weight(kernels_in(side.value), name, why))
-        return
-    both_constant = isinstance(side.value, Data) and side.value.constant and is_constant(other.value)
-    kernels = kernels_in(side.value) if both_constant else side.kernels
-    pairs = list(zip(side.contracted, other.contracted, strict=False))
-    one_hot = other.value.one_hot if isinstance(other.value, Data) else frozenset[int]()
-    picked = [own for own, dim in pairs if dim in one_hot]
-    summed = [dim for dim in side.contracted if dim not in picked]
-    if picked and not any(side.shape[dim] > 1 for dim in summed):
-        reader.note(_as_no_weight(kernels, name, f"{name} with a one-hot array: a lookup table"))
-    else:
-        batch = [*side.batch, *picked]
-        reader.note(uses_in_contraction(kernels, name, contracted=summed, batch=batch))
-
-
-def _share(views: Iterable[View], leaves: set[int]) -> bool:
-    return any(view.leaf in leaves for view in views)
-
-
-def _product_of_data(values: list[Value], shape: Shape, carried: Iterable[View] = ()) -> Value:
-    if all(isinstance(value, Known) for value in values):
-        return Known()
-    constant = all(map(is_constant_or_weight, values))
-    return Data.of(shape, constant=constant, carried=carried)
-
-
-def _resize(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    """Communication inside shard_map after which a dimension is longer or shorter."""
-    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    if len(old) == len(new):
-        return resized(values[0], old, new)
-    return reader.read_unknown(eqn, values)[0]
-
-
-def _tile(reader: _Reader, eqn: Any, values: list[Value]) -> Value:
-    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    return changed(values[0], [(dim,) for dim in range(len(new))], lambda view: view.diluted(old, new))
-
-
-# Operations entry by entry.
-_UNCHANGED = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint")
-# What multiplies entries by something: a kernel stays a kernel, and a one-hot array has its one entry.
-_SCALING = ("mul", "div", "neg", "select_n", *_UNCHANGED)
-_LINEAR = ("add", "add_any", "sub", *_SCALING)
-
-_ENTRY_BY_ENTRY = (
-    *_LINEAR,
-    *("abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh"),
-    *("bessel_i0e", "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex"),
-    *("conj", "cos", "cosh", "digamma", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1"),
-    *("floor", "ge", "gt", "igamma", "igammac", "imag", "integer_pow", "is_finite", "le", "le_to"),
-    *("lgamma", "log", "log1p", "logistic", "lt", "lt_to", "max", "min", "ne", "nextafter", "not", "or"),
-    *("polygamma", "population_count", "pow", "real", "regularized_incomplete_beta", "rem", "round"),
-    *("rsqrt", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh"),
-    *("sqrt", "square", "tan", "tanh", "xor", "zeta"),
-)
-
-# Whatever goes in comes out in the same place: communication inside shard_map, barriers, placement.
-_EACH_BY_ITSELF = (
-    *("device_put", "mesh_cast", "optimization_barrier", "pcast", "pmax", "pmin", "ppermute", "psum"),
-    *("psum_invariant", "pvary", "reshard", "rev"),
-)
-
-_REDUCTIONS = (
-    *("argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod"),
-    *("reduce_sum", "reduce_xor"),
-)
-
-_SCATTERS = ("scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul", "scatter-sub")
-
-_RULES: dict[str, Callable[[_Reader, Any, list[Value]], Value]] = {
-    **dict.fromkeys(_ENTRY_BY_ENTRY, _entry_by_entry),
-    **dict.fromkeys(_REDUCTIONS, _reduce),
-    **dict.fromkeys(_SCATTERS, _scatter),
-    **dict.fromkeys(("all_gather", "all_gather_invariant", "all_gather_reduced", "reduce_scatter"), _resize),
-    "broadcast_in_dim": _broadcast_in_dim,
-    "concatenate": _concatenate,
-    "conv_general_dilated": _conv_general_dilated,
-    "dot_general": _dot_general,
-    "dynamic_slice": _dynamic_slice,
-    "dynamic_update_slice": _dynamic_update_slice,
-    "gather": _gather,
-    "iota": _iota,
-    "pad": _pad,
-    "ragged_dot_general": _ragged_dot_general,
-    "reshape": _reshape,
-    "slice": _slice,
-    "squeeze": _squeeze,
-    "stack": _stack,
-    "tile": _tile,
-    "transpose": _transpose,
-}
 
 _CONTROL_FLOW: dict[str, Callable[[_Reader, Any, list[Value], list[bool]], list[Value]]] = {
     "cond": _Reader.read_cond,
@@ -894,11 +354,16 @@ _CONTROL_FLOW: dict[str, Callable[[_Reader, Any, list[Value], list[bool]], list[
 # From the uses of a parameter to its axes.
 
 
-def _verdict(leaf: Any, number: int, reader: _Reader) -> WeightAxes:
-    if not is_array_like(leaf):
-        return left_alone("no array")
-    uses = [use for use in reader.uses if use.leaf == number]
-    return applicable(_agreed(uses, number in reader.without_gradient), leaf)
+def _verdicts(leaves: list[Any], reader: _Reader) -> list[WeightAxes]:
+    uses = collections.defaultdict(list)
+    for use in reader.uses:
+        uses[use.leaf].append(use)
+    return [
+        applicable(_agreed(uses[number], number in reader.without_gradient), leaf)
+        if is_array_like(leaf)
+        else left_alone("no array")
+        for number, leaf in enumerate(leaves)
+    ]
 
 
 def _agreed(uses: list[Use], is_used_without_gradient: bool) -> WeightAxes:
