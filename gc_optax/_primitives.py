@@ -471,14 +471,13 @@ def _conv_general_dilated(note: Note, eqn: Any, values: list[Value]) -> Value:
     image, kernel = values
     if isinstance(image, Weight) and isinstance(kernel, Weight):
         note(unclear_product(view, name) for view in views_in(values))
-    elif isinstance(image, Weight):
-        why = f"{name}: an input, it is what is convolved"
-        note(no_weight(image.views, name, why))
-    groups = eqn.params["feature_group_count"]
+    else:
+        note(no_weight(kernels_in(image), name, f"{name}: an input, it is what is convolved"))
     if not isinstance(image, Weight) or isinstance(kernel, Data):
+        groups = eqn.params["feature_group_count"]
         kernels = with_views_changed(kernel, lambda view: view.without_groups(out, groups))
-        own = _Operand(kernels, shape_of(eqn.invars[1]), contracted, ())
-        _note_contraction(note, eqn, own, _Operand(image, shape_of(eqn.invars[0]), (), ()))
+        side = _Operand(kernels, shape_of(eqn.invars[1]), contracted, ())
+        _note_contraction(note, eqn, side, _Operand(image, shape_of(eqn.invars[0]), (), ()))
     return _product_of_data(values, shape_of(eqn.outvars[0]))
 
 

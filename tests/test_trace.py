@@ -560,9 +560,181 @@ def test_loops_and_branches(case):
     check(case)
 
 
+# What the data scales, masks or picks may be a kernel still; what is used otherwise is none.
+
+
+def layer_norm(x):
+    return (x - x.mean(-1, keepdims=True)) * lax.rsqrt(x.var(-1, keepdims=True) + 1e-6)
+
+
+def scaled_norm(p, x):
+    return ((x - x.mean(-1, keepdims=True)) * (lax.rsqrt(x.var(-1, keepdims=True)) * p["scale"])) @ p["w"]
+
+
+def quantized(w, scale, x):
+    return x @ (jnp.clip(jnp.round(w / scale), -127, 127) * scale)
+
+
+def routed(w, i, x):
+    return jnp.einsum("te,td,edf->tf", jax.nn.one_hot(i, 2), x, w)
+
+
+def dora_on_an_argument(p, base, x):
+    w = base + p["a"] @ p["b"]
+    return x @ (w / jnp.linalg.norm(w, axis=0) * p["m"])
+
+
+one = f32(1, 3, 4)
+rows = jnp.array([0, 1, 1])
+CANDIDATES = [
+    Case("scaled by the data", lambda w, x: x @ (w / x.std()), dense, (x,), (0,)),
+    Case("quantized with a scale as an argument", quantized, dense, (jnp.float32(0.1), x), (0,)),
+    Case(
+        "masked by an argument, and joined",
+        lambda p, m, x: x @ jnp.concatenate([p[0] * m, p[1] * m], 1),
+        [dense, dense],
+        (f32(4, 6), x),
+        [(0,), (0,)],
+    ),
+    Case(
+        "masked by an argument, and corrected",
+        lambda p, m, x: x @ (p["w"] * m + p["a"] @ p["b"]),
+        {"w": dense, **FACTORS},
+        (f32(4, 6), x),
+        {"w": (0,), "a": (0,), "b": (0,)},
+    ),
+    Case(
+        "between two weights",
+        lambda p, t, x: x @ ((1 - t) * p[0] + t * p[1]),
+        [dense, dense],
+        (jnp.float32(0.1), x),
+        [(0,), (0,)],
+    ),
+    Case(
+        "DoRA on an argument",
+        dora_on_an_argument,
+        {**FACTORS, "m": f32(6)},
+        (f32(4, 6), x),
+        {"a": (0,), "b": (0,), "m": ALONE},
+    ),
+    Case("experts picked", lambda w, i, x: jnp.einsum("bi,bio->bo", x, w[i]), f32(2, 4, 6), (rows, x), (1,)),
+    Case("an expert picked", lambda w, i, x: x @ w[i], f32(2, 4, 6), (jnp.int32(1), x), (1,)),
+    Case("experts picked by a one-hot array", routed, f32(2, 4, 6), (rows, x), (1,)),
+    Case("rows picked", lambda e, i, x: e[i] @ x.T, f32(10, 4), (tokens, x), ALONE),
+    Case(
+        "a window of rows",
+        lambda e, i, x: lax.dynamic_slice(e, (i, 0), (3, 4)) @ x.T,
+        f32(10, 4),
+        (jnp.int32(1), x),
+        ALONE,
+    ),
+    Case(
+        "a penalty with an argument",
+        lambda w, f, x: (x @ w).sum() + (f * w**2).sum(),
+        dense,
+        (f32(4, 6), x),
+        (0,),
+    ),
+    Case(
+        "a penalty on the way from an argument",
+        lambda w, f, x: (x @ w).sum() + ((w - f) ** 2).sum(),
+        dense,
+        (f32(4, 6), x),
+        (0,),
+    ),
+    Case(
+        "a scale that first scales the data's scale",
+        scaled_norm,
+        {"scale": f32(4), "w": dense},
+        (x,),
+        {"scale": ALONE, "w": (0,)},
+    ),
+    Case(
+        "positions on a batch of one",
+        lambda p, x: layer_norm(x + p["p"]) @ p["w"],
+        {"p": one, "w": dense},
+        (one,),
+        {"p": ALONE, "w": (0,)},
+    ),
+    Case(
+        "positions on a batch of one, closed over",
+        lambda p: layer_norm(np.ones((1, 3, 4), np.float32) + p["p"]) @ p["w"],
+        {"p": one, "w": dense},
+        (),
+        {"p": ALONE, "w": (0,)},
+    ),
+    Case(
+        "positions, averaged",
+        lambda p, x: (x + p["p"]).mean(1) @ p["w"],
+        {"p": one, "w": dense},
+        (one,),
+        {"p": ALONE, "w": (0,)},
+    ),
+    Case(
+        "positions in an attention without projections",
+        lambda p, x: jax.nn.softmax((x + p["p"])[0] @ (x + p["p"])[0].T) @ x[0] @ p["w"],
+        {"p": one, "w": dense},
+        (one,),
+        {"p": ALONE, "w": (0,)},
+    ),
+    Case(
+        "a bias of learned queries",
+        lambda p, x: (p["q"] + p["b"]) @ x.T,
+        {"q": f32(5, 4), "b": f32(4)},
+        (x,),
+        {"q": (1,), "b": ALONE},
+    ),
+    Case(
+        "a scale of the inputs in a kernel",
+        lambda p, x: x @ (p["s"][:, None] * p["w"]),
+        {"s": f32(4), "w": dense},
+        (x,),
+        {"s": ALONE, "w": (0,)},
+    ),
+    Case(
+        "kernels stacked",
+        lambda p, x: jnp.einsum("ti,cio->cto", x, jnp.stack(p)),
+        [dense, dense],
+        (x,),
+        [(0,), (0,)],
+    ),
+    Case(
+        "a kernel unstacked", lambda w, x: sum(x @ part for part in jnp.unstack(w)), f32(3, 4, 6), (x,), (1,)
+    ),
+    Case("a kernel tiled", lambda w, x: x @ jnp.tile(w, (1, 2)), dense, (x,), (0,)),
+    Case(
+        "a layer's kernels stacked for a scan",
+        lambda p, x: scanned(jnp.stack(p), x),
+        [square, square],
+        (x,),
+        [(0,), (0,)],
+    ),
+    Case(
+        "a learned image, modulated",
+        lambda p, s, k: conv(p * s, k),
+        f32(1, 8, 8, 4),
+        (jnp.float32(2), f32(3, 3, 4, 8)),
+        ALONE,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CANDIDATES, ids=named)
+def test_what_the_data_scales_masks_or_picks(case):
+    check(case)
+
+
 # What is certain to be no weight of one fan-in, and what is not certain.
 
 DISAGREEING = [
+    Case("tied embeddings, closed over", lambda e: e[np.array([1, 2])] @ e.T, f32(10, 4), (), ALONE),
+    Case(
+        "tied embeddings, masked",
+        lambda e, m, i: (e * m)[i] @ (e * m).T,
+        f32(10, 4),
+        (f32(10, 1), tokens),
+        ALONE,
+    ),
     Case("tied embeddings", lambda e, i: e[i] @ e.T, f32(10, 4), (tokens,), ALONE),
     Case("a tied autoencoder", lambda w, x: jax.nn.relu(x @ w) @ w.T, dense, (x,), ALONE),
     Case(
@@ -592,6 +764,27 @@ def test_uses_that_disagree_leave_a_weight_alone_and_are_all_named(case):
     assert "dot_general over axis" in axes.why
 
 
+def residual_queries(p, x):
+    return (p["z"] + jnp.tanh(p["z"] @ p["w"]) @ p["v"]) @ x.T
+
+
+def deep_queries(p, x):
+    z = p["z"]
+    for layer in p["layers"]:
+        z = z + jnp.tanh(z @ layer["w"]) @ layer["v"]
+    return z @ x.T
+
+
+def rotated(p, x):
+    def turn(_, carry):
+        x, weights = carry
+        return jnp.tanh(x @ weights[0]), (*weights[1:], weights[0])
+
+    return lax.fori_loop(0, 40, turn, (x, tuple(p)))[0]
+
+
+QUERIES = {"z": f32(5, 4), "wq": square}
+UNCLEAR_QUERIES = {"z": ALONE, "wq": ALONE}
 PRODUCT = r"\['a'\], shape \(4, 2\): .*product of parameters"
 UNCLEAR = [
     Case(
@@ -626,6 +819,50 @@ UNCLEAR = [
         {"q": ALONE, "wq": ALONE, "wk": (0,)},
         "'wq'",
     ),
+    Case(
+        "learned queries with dropout",
+        lambda p, key, x: jnp.where(jax.random.bernoulli(key, 0.9, (5, 4)), p["z"] @ p["wq"], 0) @ x.T,
+        QUERIES,
+        (jax.random.key(0), x),
+        UNCLEAR_QUERIES,
+        "'wq'",
+    ),
+    Case(
+        "learned queries with fixed positions",
+        lambda p, x: (p["z"] @ p["wq"] + np.ones((5, 4), np.float32)) @ x.T,
+        QUERIES,
+        (x,),
+        UNCLEAR_QUERIES,
+        "'wq'",
+    ),
+    Case(
+        "learned queries with a bias",
+        lambda p, x: (p["z"] @ p["wq"] + p["b"]) @ x.T,
+        {**QUERIES, "b": f32(4)},
+        (x,),
+        {**UNCLEAR_QUERIES, "b": ALONE},
+        "'wq'",
+    ),
+    Case(
+        "learned queries after an MLP",
+        residual_queries,
+        {"z": f32(5, 4), "w": square, "v": square},
+        (x,),
+        {"z": (1,), "w": ALONE, "v": ALONE},
+        "'w'",
+    ),
+    Case(
+        "a graph from learned embeddings",
+        lambda p, x: jax.nn.softmax(jax.nn.relu(p["a"] @ p["b"])) @ x @ p["w"],
+        {"a": f32(3, 2), "b": f32(2, 3), "w": dense},
+        (x,),
+        {"a": ALONE, "b": ALONE, "w": (0,)},
+        "'a'",
+    ),
+    Case(
+        "a weight times itself", lambda w, x: x @ (w + w.T @ w), square, (x,), ALONE, "product of parameters"
+    ),
+    Case("weights that take turns", rotated, [square] * 20, (x,), [ALONE] * 20, "from round to round"),
     Case(
         "a convolution of parameters",
         lambda p, x: x * conv(p[0], p[1]).sum(),
@@ -697,6 +934,14 @@ UNCLEAR = [
 @pytest.mark.parametrize("case", UNCLEAR, ids=named)
 def test_what_cannot_be_read_with_certainty_is_left_alone_with_a_warning(case):
     check(case)
+
+
+def test_a_deep_network_of_nothing_but_parameters_takes_no_longer_for_it():
+    layer = {"w": square, "v": square}
+    params = {"z": f32(5, 4), "layers": [layer] * 40}
+    with pytest.warns(UserWarning, match=r"\['layers'\]\[39\]\['w'\]"):
+        axes = fan_in_of(deep_queries, params, x)
+    assert axes["layers"] == [{"w": ALONE, "v": ALONE}] * 40
 
 
 def test_one_warning_lists_all_unclear_parameters_and_points_at_the_caller():
