@@ -1,5 +1,7 @@
 """The scripts that people run: they run, and what they print is what they measured."""
 
+import contextlib
+import io
 import json
 import pathlib
 import re
@@ -123,3 +125,14 @@ def test_trace_refuses_nonsense():
         refused = subprocess.run([sys.executable, TRACE, *arguments], capture_output=True, text=True)
         assert refused.returncode == 2
         assert re.search(r"error: argument", refused.stderr)
+
+
+def test_the_table_in_the_readme_is_what_summarize_prints():
+    text = (ROOT / "README.md").read_text()
+    section = text[text.index("## Exact axes") : text.index("## Which axes")]
+    code = "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
+    (table,) = re.findall(r"```text\n(.*?)```", section, re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {"__name__": "readme"})
+    assert printed.getvalue() == table
