@@ -8,6 +8,7 @@ import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import keras
 import pytest
 from flax import nnx
 
@@ -338,3 +339,38 @@ def test_haiku(forward, inputs, expected):
     model = hk.transform_with_state(forward)
     params, state = model.init(jax.random.key(0), inputs)
     assert kernels(infer_axes(model.apply, params, state, jax.random.key(0), inputs)) == expected
+
+
+# Keras
+
+KERAS = [
+    (keras.layers.Dense(5), vectors, {"kernel": (0,)}),
+    (keras.layers.EinsumDense("abc,cde->abde", (None, 2, 5)), sequence, {"kernel": (0,)}),
+    (keras.layers.Conv2D(5, 3), images, {"kernel": (0, 1, 2)}),
+    (keras.layers.Conv2DTranspose(5, 3), images, {"kernel": (0, 1, 3)}),
+    (keras.layers.DepthwiseConv2D(3, depth_multiplier=2), images, {"kernel": (0, 1)}),
+    (keras.layers.SeparableConv2D(5, 3), images, {"depthwise_kernel": (0, 1), "pointwise_kernel": (0, 1, 2)}),
+    (keras.layers.Embedding(11, 8), tokens, {}),
+    (keras.layers.LSTM(6), sequence, {"lstm_cell/kernel": (0,), "lstm_cell/recurrent_kernel": (0,)}),
+    (
+        keras.layers.MultiHeadAttention(2, 4),
+        sequence,
+        {"query/kernel": (0,), "key/kernel": (0,), "value/kernel": (0,), "attention_output/kernel": (0, 1)},
+    ),
+]
+
+
+@pytest.mark.parametrize(("layer", "inputs", "expected"), KERAS, ids=map(name_of, KERAS))
+def test_keras(layer, inputs, expected):
+    call = {"value": inputs, "key": inputs} if isinstance(layer, keras.layers.MultiHeadAttention) else {}
+    layer(inputs, **call)
+    params = [variable.value for variable in layer.trainable_variables]
+    state = [variable.value for variable in layer.non_trainable_variables]
+
+    def fn(params, state, inputs):
+        outputs, _ = layer.stateless_call(params, state, inputs, **call)
+        return outputs
+
+    names = [variable.path.split("/", 1)[1] for variable in layer.trainable_variables]
+    axes = infer_axes(fn, params, state, inputs)
+    assert kernels(dict(zip(names, axes, strict=True))) == expected
