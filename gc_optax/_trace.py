@@ -171,7 +171,7 @@ class _Reader:
             values: its inputs.
             is_output_live: for each output, whether a gradient comes back to it.
         """
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        jaxpr = _opened(jaxpr)
         if is_output_live is None or self._has_own_derivative:
             is_output_live = [True] * len(jaxpr.outvars)
         env: dict[Any, Value] = {var: Data.given(var.aval, constant=True) for var in jaxpr.constvars}
@@ -235,7 +235,7 @@ class _Reader:
         """The outputs of an equation that does what the jaxpr does that it holds."""
         outer = self._has_own_derivative
         self._has_own_derivative |= eqn.primitive.name.startswith("custom_")
-        inside = getattr(body, "jaxpr", body)
+        inside = _opened(body)
         # Inside shard_map an array has the shape of one device's share.
         outputs = self.read_jaxpr(body, _all_resized(values, eqn.invars, inside.invars), live)
         self._has_own_derivative = outer
@@ -245,18 +245,21 @@ class _Reader:
 
     def read_scan(self, eqn: Any, values: list[Value], live: list[bool]) -> list[Value]:
         """Goes through the first dimension of some arguments: their leading axis is a batch axis."""
-        fixed, carried = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
-        loop = id(eqn)
+        body = eqn.params["jaxpr"]
+        inside = _opened(body)
+        # What a round sees of an argument tells what kind it is; the names of the parameters that say so
+        # differ between versions of JAX.
+        looped = sum(_rank(a) > _rank(b) for a, b in zip(eqn.invars, inside.invars, strict=True))
+        carried = sum(_rank(a) == _rank(b) for a, b in zip(eqn.outvars, inside.outvars, strict=True))
+        fixed = len(values) - looped - carried
         each = [
-            changed(value, [(dim,) for dim in range(1, len(shape_of(var)))], lambda view: view.in_loop(loop))
-            for value, var in zip(values[carried:], eqn.invars[carried:], strict=True)
+            changed(value, [(dim,) for dim in range(1, _rank(var))], lambda view: view.in_loop(id(eqn)))
+            for value, var in zip(values[fixed + carried :], eqn.invars[fixed + carried :], strict=True)
         ]
-        carry, rest = self._read_loop(
-            eqn, eqn.params["jaxpr"], values[:fixed], values[fixed:carried], each, live
-        )
-        return [after_loop(value, loop) for value in carry] + [
-            stacked(value, shape_of(var), loop)
-            for value, var in zip(rest, eqn.outvars[len(carry) :], strict=True)
+        carry, rest = self._read_loop(eqn, body, values[:fixed], values[fixed : fixed + carried], each, live)
+        return [after_loop(value, id(eqn)) for value in carry] + [
+            stacked(value, shape_of(var), id(eqn))
+            for value, var in zip(rest, eqn.outvars[carried:], strict=True)
         ]
 
     def read_while(self, eqn: Any, values: list[Value], live: list[bool]) -> list[Value]:
@@ -296,7 +299,7 @@ class _Reader:
         why = "a loop reshapes it from round to round"
         carried = frozenset[View]().union(*map(kernels_in, [*carry, *outputs]))
         self.note(Use(view.leaf, "unclear", eqn.primitive.name, why) for view in carried)
-        data: list[Value] = [Data.of(shape_of(var)) for var in body.jaxpr.outvars]
+        data: list[Value] = [Data.of(shape_of(var)) for var in _opened(body).outvars]
         return data[: len(carry)], data[len(carry) :]
 
     def read_cond(self, eqn: Any, values: list[Value], live: list[bool]) -> list[Value]:
@@ -312,6 +315,15 @@ class _Reader:
         why = "it takes the place of the data: a starting value, say"
         for value, after in zip(values, joined, strict=False):
             self.note(no_weight(kernels_in(value) - kernels_in(after), "a loop or a branch", why))
+
+
+def _opened(jaxpr: Any) -> Any:
+    """A jaxpr without the constants that a closed one has beside it."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _rank(atom: Any) -> int:
+    return len(shape_of(atom))
 
 
 def _is_var(atom: Any) -> bool:
@@ -330,11 +342,12 @@ def _body_with_the_same_arguments(eqn: Any) -> Any:
     held = [value for value in eqn.params.values() if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)]
     if len(held) != 1:
         return None
-    body = getattr(held[0], "jaxpr", held[0])
+    body = _opened(held[0])
     inside, outside = body.invars + body.outvars, eqn.invars + eqn.outvars
     fits = len(body.invars) == len(eqn.invars) and len(inside) == len(outside)
-    ranks = [(len(shape_of(a)), len(shape_of(b))) for a, b in zip(inside, outside, strict=False)]
-    return held[0] if fits and all(a == b for a, b in ranks) else None
+    return (
+        held[0] if fits and all(_rank(a) == _rank(b) for a, b in zip(inside, outside, strict=True)) else None
+    )
 
 
 def _all_resized(values: Sequence[Value], before: Sequence[Any], after: Sequence[Any]) -> list[Value]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from gc_optax import WeightAxes, infer_axes
@@ -1101,7 +1101,7 @@ def exchanged(w, x):
 )
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_bodies(body, w_spec, x_spec, out_spec, check_vma):
-    mesh = AbstractMesh((4,), ("d",))
+    mesh = AbstractMesh((4,), ("d",), axis_types=(AxisType.Auto,))
     fn = jax.shard_map(body, mesh=mesh, in_specs=(w_spec, x_spec), out_specs=out_spec, check_vma=check_vma)
     assert fan_in_of(fn, f32(8, 12), f32(4, 8)) == (0,)
 
