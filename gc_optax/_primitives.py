@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from ._provenance import FROZEN, Shape, Use, View, most_complete, uses_in_contraction
+from ._provenance import CONSTANT, FROZEN, Shape, Use, View, most_complete, uses_in_contraction
 from ._values import (
     Data,
     Known,
@@ -22,6 +22,7 @@ from ._values import (
     is_constant_or_weight,
     kernels_in,
     owned_by,
+    pending_in,
     rearranged,
     reshaped,
     resized,
@@ -41,6 +42,14 @@ def results(note: Note, eqn: Any, values: list[Value]) -> list[Value]:
         eqn: an equation of a jaxpr.
         values: what is known of its arguments.
     """
+    outputs = _read(note, eqn, values)
+    deferred = {use for value in values for use in deferred_in(value)}
+    if deferred and not any(deferred_in(output) for output in outputs):
+        note(_no_longer_deferred(deferred, eqn, values))
+    return outputs
+
+
+def _read(note: Note, eqn: Any, values: list[Value]) -> list[Value]:
     name = eqn.primitive.name
     if name in _RULES:
         return [_RULES[name](note, eqn, values)]
@@ -53,6 +62,22 @@ def results(note: Note, eqn: Any, values: list[Value]) -> list[Value]:
     return _unknown(note, eqn, values)
 
 
+def deferred_in(value: Value) -> frozenset[Use]:
+    """What there is to say of a value as soon as it is certain that the constants in it are the inputs."""
+    return value.deferred if isinstance(value, Data) else frozenset()
+
+
+def _no_longer_deferred(deferred: Iterable[Use], eqn: Any, values: list[Value]) -> Iterator[Use]:
+    name = eqn.primitive.name
+    meets_data = any(isinstance(value, Data) and not value.constant for value in values)
+    if not meets_data or math.prod(shape_of(eqn.outvars[0])) == 1:
+        yield from deferred
+    elif name not in _CONTRACTIONS:
+        why = f"{name}: only constants are contracted with it before it meets the data"
+        for use in deferred:
+            yield Use(use.leaf, "unclear", name, why)
+
+
 def shape_of(atom: Any) -> Shape:
     """The shape of a variable or a literal; `()` where it is no array."""
     return tuple(getattr(atom.aval, "shape", ()))
@@ -61,7 +86,7 @@ def shape_of(atom: Any) -> Shape:
 def no_weight(views: Iterable[View], op: str, why: str, *, weak: bool = False) -> Iterator[Use]:
     """What it says that parameters are used in another way than as weights."""
     for view in most_complete(views):
-        if view.leaf == FROZEN:
+        if view.leaf < 0:
             continue
         if not view.placed or view.summed:
             yield Use(view.leaf, "no weight", op, f"{op}: only a statistic of it meets the data", weak=True)
@@ -97,36 +122,56 @@ def _unknown(note: Note, eqn: Any, values: list[Value]) -> list[Value]:
 def _entry_by_entry(note: Note, eqn: Any, values: list[Value]) -> Value:
     name, shape = eqn.primitive.name, shape_of(eqn.outvars[0])
     values = [broadcast(value, shape_of(var), shape) for value, var in zip(values, eqn.invars, strict=True)]
-    sizes = [math.prod(shape_of(var)) for var in eqn.invars]
+    shapes = [shape_of(var) for var in eqn.invars]
+    sizes = [math.prod(shape) for shape in shapes]
+    if _kernels_among(values):
+        return _kernels_entry_by_entry(note, name, values, shapes, shape)
+    if all(isinstance(value, Known) for value in values):
+        return _constant_entry_by_entry(name, values, sizes)
+    return _data_entry_by_entry(name, values, sizes, shape)
+
+
+def _kernels_entry_by_entry(
+    note: Note, name: str, values: list[Value], shapes: list[Shape], shape: Shape
+) -> Value:
     views = _kernels_among(values)
-    if not views:
-        if all(isinstance(value, Known) for value in values):
-            return _constant_entry_by_entry(name, values, sizes)
-        return _data_entry_by_entry(name, values, sizes, shape)
-    values = _without_masks(name, values, owned_by(views, shape), shape)
+    owned = owned_by(views, shape)
+    values = _without_masks(name, values, owned, shape)
+    is_sum = name in ("add", "sub")
     if name not in _LINEAR:
-        views = frozenset(view.tangled() for view in views)
-    elif name in ("add", "sub") and _is_frozen_kernel_among(values, sizes, math.prod(shape)):
+        views = frozenset(view.tangled() if view.is_product else view for view in views)
+    elif is_sum and _is_frozen_kernel_among(values, shapes, shape):
         views = _with_frozen_kernel(views, shape)
+    elif not is_sum and _is_spread_over_constants(values, shapes, owned):
+        views |= {View.whole(CONSTANT, shape)}
     data = [value for value in values if isinstance(value, Data)]
     if not data:
         return Weight(views)
-    owned = owned_by(views, shape)
+
+    # It may be a kernel still: data that scales it along some of its axes may be contracted over the others,
+    # and an argument of its shape may be a mask of it, or the frozen kernel that it is added to.
+    others = [value for value in data if not kernels_in(value)]
+    varies = frozenset[int]().union(*(variation(value, shape) for value in others))
+    is_scaled = bool(owned - varies) and (not varies or _scales(name, values))
+    is_kernel = is_scaled or not others or _is_mask_or_kernel(name, others, varies, owned)
     constant = all(map(is_constant, data))
     why = f"{name}: a bias, a scale or a gate"
-    plain = [value for value in data if not kernels_in(value)]
-    varies = frozenset[int]().union(*(variation(value, shape) for value in plain))
-    is_modulated = bool(owned - varies) and (not varies or _scales(name, values))
-    if not (is_modulated or not plain or _is_mask_or_kernel(name, plain, varies, owned)):
-        note(no_weight(views, name, why))
-        return Data.of(shape, constant=constant)
-    # It may be a kernel still: the data that scales it along some of its axes may be contracted over the
-    # others, and an argument of its shape may be a mask of it, or the frozen kernel that it is added to.
-    note(no_weight(views_in(values), name, why, weak=True))
-    if plain and not is_modulated and name in ("add", "sub"):
-        views = _with_frozen_kernel(views, shape)
-    carrying = frozenset[int]().union(*(value.varies for value in data if kernels_in(value)))
-    return Data(carrying | (varies if is_modulated else varies - owned), constant=constant, carried=views)
+    note(no_weight(views_in(values) if is_kernel else views, name, why, weak=is_kernel))
+    if not is_kernel:
+        return _with_pending(Data.of(shape, constant=constant), values)
+    if others and not is_scaled and is_sum:
+        views = frozenset(view.added() for view in _with_frozen_kernel(views, shape))
+    scaling = frozenset[int]().union(*(value.varies for value in data if kernels_in(value)))
+    return Data(scaling | (varies if is_scaled else varies - owned), constant=constant, carried=views)
+
+
+def _with_pending(result: Data, values: Iterable[Value]) -> Data:
+    """With the parameters that were multiplied by constants, as long as nothing but constants is in it."""
+    if not result.constant:
+        return result
+    pending = frozenset[View]().union(*map(pending_in, values))
+    deferred = frozenset[Use]().union(*map(deferred_in, values))
+    return dataclasses.replace(result, carried=result.carried | pending, deferred=deferred)
 
 
 def _constant_entry_by_entry(name: str, values: list[Value], sizes: list[int]) -> Known:
@@ -137,20 +182,19 @@ def _constant_entry_by_entry(name: str, values: list[Value], sizes: list[int]) -
         return Known(one_hot=frozenset(counted) if len(counted) == 2 else frozenset())
     if name in ("add", "sub", *_UNCHANGED) and len(arrays) == 1:
         return arrays[0]
-    return Known()
+    return Known(is_frozen=len(arrays) == 1 and arrays[0].is_frozen and name in _SCALING)
 
 
 def _data_entry_by_entry(name: str, values: list[Value], sizes: list[int], shape: Shape) -> Data:
     data = [value for value in values if isinstance(value, Data)]
     one_hot = (dim for dim in range(len(shape)) if _is_one_hot(name, values, sizes, shape, dim))
-    if len(data) == 1 and data[0].carried and name in _LINEAR:
-        return dataclasses.replace(data[0], one_hot=frozenset(), raw=False)
-    return Data(
+    result = Data(
         varies=frozenset[int]().union(*(variation(value, shape) for value in data)),
         one_hot=frozenset(one_hot),
-        raw=name in _UNCHANGED and data[0].raw,
+        raw=all(value.raw for value in data),
         constant=all(map(is_constant, values)),
     )
+    return _with_pending(result, values)
 
 
 def _is_one_hot(name: str, values: list[Value], sizes: list[int], shape: Shape, dim: int) -> bool:
@@ -182,10 +226,18 @@ def _without_masks(name: str, values: list[Value], owned: frozenset[int], shape:
     return [Known() if is_mask(value) else value for value in values]
 
 
-def _is_frozen_kernel_among(values: list[Value], sizes: list[int], size_of_all: int) -> bool:
+def _is_frozen_kernel_among(values: list[Value], shapes: list[Shape], shape: Shape) -> bool:
     return any(
-        isinstance(value, Known) and value.counts is None and size == size_of_all
-        for value, size in zip(values, sizes, strict=True)
+        isinstance(value, Known) and value.is_frozen and own == shape
+        for value, own in zip(values, shapes, strict=True)
+    )
+
+
+def _is_spread_over_constants(values: list[Value], shapes: list[Shape], owned: frozenset[int]) -> bool:
+    """Whether constants make a matrix of a vector of parameters, a diagonal one say."""
+    return any(
+        isinstance(value, Known) and not {dim for dim, size in enumerate(own) if size > 1} <= owned
+        for value, own in zip(values, shapes, strict=True)
     )
 
 
@@ -417,26 +469,43 @@ def _dot_general(note: Note, eqn: Any, values: list[Value]) -> Value:
     a, b = map(_Operand, values, map(shape_of, eqn.invars), contracted, batch)
     sources_a = [*a.batch, *a.free, *[None] * len(b.free)]
     sources_b = [*b.batch, *[None] * len(a.free), *b.free]
-    if isinstance(a.value, Weight) and isinstance(b.value, Weight):
+    shape = shape_of(eqn.outvars[0])
+    if _may_be_kernel(a) and _may_be_kernel(b):
         views = [
             view.linked(id(eqn), number, side.contracted, low_rank=_is_of_low_rank(a, b)).rearranged(sources)
             for number, (side, sources) in enumerate(((a, sources_a), (b, sources_b)))
-            for view in side.kernels
+            for view in kernels_in(side.value)
         ]
-        return Weight(frozenset(views))
-    shape = shape_of(eqn.outvars[0])
+        return _made_of(frozenset(views), values, shape)
     pending: list[View] = []
+    deferred: list[Use] = []
     for side, other, sources in ((a, b, sources_a), (b, a, sources_b)):
-        _note_contraction(note, eqn, side, other)
+        uses = list(_contraction(eqn, side, other))
+        is_deferred = isinstance(other.value, Known) and all(use.how == "weight" for use in uses)
+        (deferred.extend if is_deferred else note)(uses)
         if is_constant(other.value):
-            kernels = kernels_in(side.value)
+            kernels = side.kernels if isinstance(other.value, Known) else kernels_in(side.value)
             pending += (view.times_constant(side.contracted, sources, shape) for view in kernels)
+        if isinstance(other.value, Known):
+            deferred += deferred_in(side.value)
     result = _product_of_data(values, shape, pending)
-    if not contracted[0] and isinstance(result, Data):
-        return dataclasses.replace(
-            result, one_hot=_one_hot_in_product(a, sources_a) | _one_hot_in_product(b, sources_b)
-        )
+    if isinstance(result, Data):
+        hot = _one_hot_in_product(a, sources_a) | _one_hot_in_product(b, sources_b)
+        one_hot = hot if not contracted[0] else frozenset[int]()
+        return dataclasses.replace(result, one_hot=one_hot, deferred=frozenset(deferred))
     return result
+
+
+def _may_be_kernel(side: _Operand) -> bool:
+    """Whether a side of a product may be a kernel itself, so that it does not say what the other is.
+
+    An argument with a parameter added, and whatever has a dimension of the data's own, is an activation.
+    """
+    if isinstance(side.value, Data):
+        kernels = kernels_in(side.value)
+        own = variation(side.value, side.shape) - owned_by(kernels, side.shape)
+        return bool(kernels) and not own and not any(view.is_added for view in kernels)
+    return isinstance(side.value, Weight)
 
 
 def _is_of_low_rank(a: _Operand, b: _Operand) -> bool:
@@ -461,7 +530,7 @@ def _ragged_dot_general(note: Note, eqn: Any, values: list[Value]) -> Value:
     if isinstance(a.value, Weight):
         note(unclear_product(view, eqn.primitive.name) for view in views_in(values))
     else:
-        _note_contraction(note, eqn, b, a)
+        note(_contraction(eqn, b, a))
     return _product_of_data(values, shape_of(eqn.outvars[0]))
 
 
@@ -469,25 +538,27 @@ def _conv_general_dilated(note: Note, eqn: Any, values: list[Value]) -> Value:
     name = eqn.primitive.name
     out, *contracted = eqn.params["dimension_numbers"].rhs_spec
     image, kernel = values
-    if isinstance(image, Weight) and isinstance(kernel, Weight):
-        note(unclear_product(view, name) for view in views_in(values))
-    else:
-        note(no_weight(kernels_in(image), name, f"{name}: an input, it is what is convolved"))
-    if not isinstance(image, Weight) or isinstance(kernel, Data):
-        groups = eqn.params["feature_group_count"]
-        kernels = with_views_changed(kernel, lambda view: view.without_groups(out, groups))
-        side = _Operand(kernels, shape_of(eqn.invars[1]), contracted, ())
-        _note_contraction(note, eqn, side, _Operand(image, shape_of(eqn.invars[0]), (), ()))
-    return _product_of_data(values, shape_of(eqn.outvars[0]))
+    shape = shape_of(eqn.outvars[0])
+    if isinstance(image, Weight) and kernels_in(kernel):
+        note(unclear_product(view, name) for view in _kernels_among(values))
+        return _product_of_data(values, shape)
+    if isinstance(image, Weight) and is_constant(kernel):
+        # A kernel that is blurred, or an image.
+        return _made_of(frozenset(view.opaque(shape).tangled() for view in image.views), [image], shape)
+    note(no_weight(kernels_in(image), name, f"{name}: an input, it is what is convolved"))
+    groups = eqn.params["feature_group_count"]
+    kernels = with_views_changed(kernel, lambda view: view.without_groups(out, groups))
+    side = _Operand(kernels, shape_of(eqn.invars[1]), contracted, ())
+    note(_contraction(eqn, side, _Operand(image, shape_of(eqn.invars[0]), (), ())))
+    return _product_of_data(values, shape)
 
 
-def _note_contraction(note: Note, eqn: Any, side: _Operand, other: _Operand) -> None:
-    """Notes what the parameters on one side of a product are there, given what is on the other."""
+def _contraction(eqn: Any, side: _Operand, other: _Operand) -> Iterator[Use]:
+    """What the parameters on one side of a product are there, given what is on the other."""
     name = eqn.primitive.name
-    others = {view.leaf for view in other.kernels} - {FROZEN}
+    others = {view.leaf for view in other.kernels if view.leaf >= 0}
     if isinstance(side.value, Data) and (isinstance(other.value, Weight) or _share(side.kernels, others)):
-        why = f"{name}: an input, multiplied with a parameter"
-        note(no_weight(kernels_in(side.value), name, why))
+        yield from no_weight(kernels_in(side.value), name, f"{name}: an input, multiplied with a parameter")
         return
     both_constant = isinstance(side.value, Data) and side.value.constant and is_constant(other.value)
     kernels = kernels_in(side.value) if both_constant else side.kernels
@@ -496,10 +567,10 @@ def _note_contraction(note: Note, eqn: Any, side: _Operand, other: _Operand) -> 
     picked = [own for own, dim in pairs if dim in one_hot]
     summed = [dim for dim in side.contracted if dim not in picked]
     if picked and not any(side.shape[dim] > 1 for dim in summed):
-        note(no_weight(kernels, name, f"{name} with a one-hot array: a lookup table"))
+        yield from no_weight(kernels, name, f"{name} with a one-hot array: a lookup table")
     else:
         batch = [*side.batch, *picked]
-        note(uses_in_contraction(kernels, name, contracted=summed, batch=batch))
+        yield from uses_in_contraction(kernels, name, contracted=summed, batch=batch)
 
 
 def _share(views: Iterable[View], leaves: set[int]) -> bool:
@@ -543,6 +614,8 @@ _ENTRY_BY_ENTRY = (
     *("rsqrt", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh"),
     *("sqrt", "square", "tan", "tanh", "xor", "zeta"),
 )
+
+_CONTRACTIONS = ("conv_general_dilated", "dot_general", "ragged_dot_general")
 
 # Whatever goes in comes out in the same place: communication inside shard_map, barriers, placement.
 _EACH_BY_ITSELF = (

@@ -13,8 +13,10 @@ from typing import Literal, NamedTuple, Self
 Shape = tuple[int, ...]
 Axes = frozenset[int]
 
-# The leaf of a kernel that is no parameter, but that two parameters multiplied make a correction to.
+# The leaves of what is no parameter: a kernel that two parameters multiplied make a correction to, and an
+# array of constants that a parameter is spread over.
 FROZEN = -1
+CONSTANT = -2
 
 
 class Piece(NamedTuple):
@@ -67,8 +69,9 @@ class View:
         pending: axes that were contracted with constants.
         loops: pieces that the loops around the value go through.
         link: the product with another parameter in which this one took part.
-        is_tangled: whether it took part in more than a product: in one of products, or in one that went
-            through a function that is not linear.
+        is_tangled: whether it cannot be followed any more: it took part in a product that went through a
+            function that is not linear or through another product, or in an operation that is not known.
+        is_added: whether it is added to an argument of its shape, a kernel or an input.
         lookup: the primitive by which the data picked the entries that are in the value, if it did.
     """
 
@@ -80,6 +83,7 @@ class View:
     loops: tuple[Loop, ...] = ()
     link: Link | None = None
     is_tangled: bool = False
+    is_added: bool = False
     lookup: str = ""
 
     @classmethod
@@ -173,8 +177,12 @@ class View:
         return dataclasses.replace(self, link=Link(product, side, axes, low_rank))
 
     def tangled(self) -> Self:
-        """After a function that is not linear, through which a product cannot be followed."""
-        return dataclasses.replace(self, link=None, is_tangled=True) if self.is_product else self
+        """After an operation through which it cannot be followed."""
+        return dataclasses.replace(self, link=None, is_tangled=True)
+
+    def added(self) -> Self:
+        """Added to an argument of its shape."""
+        return self if self.is_product else dataclasses.replace(self, is_added=True)
 
     def picked_by(self, op: str, is_own: Sequence[bool]) -> Self:
         """Some of its entries, which the data picks; not all dimensions of the value are its own."""
@@ -245,25 +253,35 @@ def uses_in_contraction(
         batch: the dimensions that run along with one of the data's.
     """
     views = most_complete(views)
-    occupied = {dim for view in views for dim in _occupied(view)}
     entrances = _entrances(views, contracted)
+    free = {
+        view: {dim for dim in _occupied(view) if dim not in contracted and dim not in batch} for view in views
+    }
     for view in views:
-        if view.leaf == FROZEN:
+        others = {dim for other in views if other.leaf != view.leaf for dim in free[other]}
+        if view.leaf < 0:
             continue
-        if not view.is_product and _occupied(view) < occupied and not view.summed:
-            yield Use(view.leaf, "no weight", op, f"{op}: a bias or a scale of another parameter")
-        else:
+        elif view.is_product or view.summed or others <= free[view]:
             yield _use(view, op, entrances.get(view), contracted, batch)
+        elif not free[view] or not entrances[view]:
+            yield Use(view.leaf, "no weight", op, f"{op}: a bias or a scale of another array")
+        else:
+            why = f"{op}: spread over an array with more axes, as a scale of it or as a weight"
+            yield Use(view.leaf, "unclear", op, why)
 
 
 def most_complete(views: Iterable[View]) -> list[View]:
     """Leaves out what a value holds of a parameter besides the parameter: its norm in a weight norm."""
-    views = list(views)
-    return [view for view in views if not any(_covers(other, view) for other in views)]
+    of_leaf: dict[int, list[View]] = {}
+    for view in views:
+        of_leaf.setdefault(view.leaf, []).append(view)
+    return [
+        view for same in of_leaf.values() for view in same if not any(_covers(other, view) for other in same)
+    ]
 
 
 def _covers(view: View, other: View) -> bool:
-    if view.leaf != other.leaf or view == other:
+    if view == other or len(view.dims) != len(other.dims):
         return False
     if not all(axes_of([a]) >= axes_of([b]) for a, b in zip(view.dims, other.dims, strict=True)):
         return False
@@ -340,12 +358,16 @@ def _use(
         pieces for dim, pieces in enumerate(view.dims) if dim not in contracted and dim not in batch
     )
     looped = axes_of(over.pieces for over in view.loops)
+    if view.is_tangled:
+        return unclear(f"{op}: what became of it before it meets the data cannot be told")
     if entrance is None:
         return unclear("a product of parameters: which of them meets the data first cannot be told")
     if not entrance:
         why = f"{op}: none of its axes is summed over"
         return Use(view.leaf, "no weight", op, why, weak=bool(view.summed or view.link))
-    if view.lookup and not outer:
+    if view.is_added:
+        return unclear(f"{op}: added to an argument of its shape, which may be a kernel or an input")
+    if view.lookup and not (outer or view.link):
         return Use(view.leaf, "no weight", op, f"{view.lookup}: a lookup table")
     if split := entrance & (rest | looped):
         return unclear(f"{op}: the data meets only a part of {listed(split)}, the rest is used otherwise")
@@ -376,7 +398,7 @@ def _entrances(views: list[View], contracted: Collection[int]) -> dict[View, Axe
         return axes_of(view.dims[dim] for dim in contracted)
 
     entrances = {view: met(view) for view in views if not view.is_product}
-    kernels = [view for view in entrances if not view.summed]
+    kernels = [view for view in entrances if not view.summed and view.leaf != CONSTANT]
     linked = [(view, view.link) for view in views if view.link]
     for product in {link.product for _, link in linked}:
         factors = [(view, link) for view, link in linked if link.product == product]

@@ -20,7 +20,7 @@ from jax import tree_util as jtu
 from jax.extend import core as jex
 
 from ._axes import PyTree, WeightAxes, applicable, is_array_like, left_alone, place, stacklevel_of_the_user
-from ._primitives import no_weight, results, shape_of, unclear_product
+from ._primitives import deferred_in, no_weight, results, shape_of, unclear_product
 from ._provenance import Shape, Use, View, most_complete
 from ._values import (
     Data,
@@ -29,11 +29,12 @@ from ._values import (
     Weight,
     after_loop,
     changed,
-    fewer_views,
     is_key,
     join,
     kernels_in,
+    pending_in,
     resized,
+    simplified,
     stacked,
     variation,
 )
@@ -156,10 +157,12 @@ class _Reader:
             else:
                 self.without_gradient.add(use.leaf)
 
-    def end(self, outputs: Iterable[Value]) -> None:
+    def end(self, outputs: Sequence[Value]) -> None:
         """Notes what is returned without having met the data."""
-        returned = most_complete(frozenset[View]().union(*map(kernels_in, outputs)))
-        self.note(unclear_product(view, "the output") for view in returned if view.is_product and view.placed)
+        for output in outputs:
+            returned = most_complete(kernels_in(output))
+            self.note(unclear_product(v, "the output") for v in returned if v.is_product and v.placed)
+            self.note(deferred_in(output))
 
     def read_jaxpr(
         self, jaxpr: Any, values: Sequence[Value], is_output_live: Sequence[bool] | None = None
@@ -210,7 +213,7 @@ class _Reader:
         if name in _CONTROL_FLOW:
             outputs = _CONTROL_FLOW[name](self, eqn, values, live)
         elif self._stops_gradient(eqn):
-            outputs = [self._as_constant(values[0], shape_of(eqn.outvars[0]))]
+            outputs = [self._as_constant(values[0], shape_of(eqn.outvars[0]), is_frozen=True)]
         elif body := _body_with_the_same_arguments(eqn):
             outputs = self._read_body(eqn, body, values, live)
         else:
@@ -223,13 +226,14 @@ class _Reader:
         # A mask that a threshold on the weights makes is a constant as far as the gradient can tell.
         if not self._is_differentiable(var.aval):
             return self._as_constant(value, shape_of(var))
-        return fewer_views(value, shape_of(var))
+        return simplified(value, shape_of(var))
 
-    def _as_constant(self, value: Value, shape: Shape) -> Value:
+    def _as_constant(self, value: Value, shape: Shape, *, is_frozen: bool = False) -> Value:
         self.without_gradient.update(view.leaf for view in kernels_in(value))
         if isinstance(value, Data):
-            return dataclasses.replace(value, varies=variation(value, shape), carried=frozenset())
-        return Known() if isinstance(value, Weight) else value
+            varies = variation(value, shape)
+            return dataclasses.replace(value, varies=varies, carried=frozenset(), deferred=frozenset())
+        return Known(is_frozen=is_frozen) if isinstance(value, Weight) else value
 
     def _read_body(self, eqn: Any, body: Any, values: list[Value], live: list[bool]) -> list[Value]:
         """The outputs of an equation that does what the jaxpr does that it holds."""
@@ -315,6 +319,8 @@ class _Reader:
         why = "it takes the place of the data: a starting value, say"
         for value, after in zip(values, joined, strict=False):
             self.note(no_weight(kernels_in(value) - kernels_in(after), "a loop or a branch", why))
+            lost = pending_in(value) - pending_in(after)
+            self.note(Use(view.leaf, "unclear", "a loop or a branch", why) for view in lost)
 
 
 def _opened(jaxpr: Any) -> Any:
@@ -387,7 +393,11 @@ def _agreed(uses: list[Use], is_used_without_gradient: bool) -> WeightAxes:
     if unclear:
         return left_alone(unclear[0].why, unclear[0].op)
     if not uses:
-        why = "no gradient comes back to it" if is_used_without_gradient else "it never meets the data"
+        why = (
+            "no gradient comes back to it"
+            if is_used_without_gradient
+            else "it never meets the data, or only a statistic of it does"
+        )
         return left_alone(why)
     if not weights:
         telling = [use for use in others if not use.weak] or others

@@ -6,14 +6,13 @@ parameters alone (`Weight`). `Data` too may be a kernel, that the data has modul
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ._provenance import Shape, View, most_complete, reshape_groups
+from ._provenance import Shape, Use, View, most_complete, reshape_groups
 
 # How many views of its parameters a value may hold.
 _FEW_VIEWS = 32
@@ -27,10 +26,12 @@ class Known:
     Args:
         counts: the one dimension along which it varies, if its entries there are all different.
         one_hot: the dimensions along which it has a single entry that is not zero.
+        is_frozen: whether it is a parameter through which no gradient goes.
     """
 
     counts: int | None = None
     one_hot: frozenset[int] = frozenset()
+    is_frozen: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Data:
             batch, where the function closes over it, but perhaps a fixed transform of a kernel.
         carried: the parameters that it is a version of, should it turn out to be a kernel itself:
             modulated or masked by the data, picked by it, or multiplied by a constant.
+        deferred: what there is to say of products of parameters with computed constants, as soon as
+            it is certain that the constants are the inputs: a batch of ones, but not the weights of an
+            interpolation between learned positions.
     """
 
     varies: frozenset[int]
@@ -52,6 +56,7 @@ class Data:
     raw: bool = False
     constant: bool = False
     carried: frozenset[View] = frozenset()
+    deferred: frozenset[Use] = frozenset()
 
     @classmethod
     def of(cls, shape: Shape, *, constant: bool = False, carried: Iterable[View] = ()) -> "Data":
@@ -63,7 +68,7 @@ class Data:
     @classmethod
     def given(cls, aval: Any, *, constant: bool = False) -> "Data | Known":
         """An argument, or an array that the function closes over."""
-        if is_key(aval.dtype) or (constant and math.prod(aval.shape) == 1):
+        if is_key(aval.dtype) or (constant and not aval.shape):
             return Known()
         return dataclasses.replace(cls.of(aval.shape, constant=constant), raw=True)
 
@@ -128,7 +133,7 @@ def changed(value: Value, sources: Sequence[Sequence[int]], change: Callable[[Vi
     match value:
         case Known():
             counts = () if value.counts is None else moved_whole(frozenset({value.counts}))
-            return Known(next(iter(counts), None), moved_whole(value.one_hot))
+            return Known(next(iter(counts), None), moved_whole(value.one_hot), value.is_frozen)
         case Data():
             return dataclasses.replace(
                 value,
@@ -163,7 +168,7 @@ def broadcast(value: Value, old: Shape, new: Shape) -> Value:
 
 
 def join(a: Value, b: Value) -> Value:
-    """What is known of an array that may be the one or the other; a `Weight` is not joined with `Data`."""
+    """What is known of an array that may be the one or the other."""
     match a, b:
         case Weight(), Weight():
             return Weight(a.views | b.views)
@@ -173,16 +178,20 @@ def join(a: Value, b: Value) -> Value:
                 a.one_hot & b.one_hot,
                 a.raw and b.raw,
                 a.constant and b.constant,
-                a.carried & b.carried,
+                a.carried | b.carried if a.carried and b.carried else frozenset(),
+                a.deferred | b.deferred,
             )
+        case Data(), Weight():
+            carried = a.carried | b.views if kernels_in(a) else frozenset[View]()
+            return dataclasses.replace(a, one_hot=frozenset(), raw=False, carried=carried)
+        case Data(), Known():
+            return dataclasses.replace(a, one_hot=frozenset(), raw=False)
         case Known(), Known():
             return a if a == b else Known()
-        case Known(), _:
-            return dataclasses.replace(b, one_hot=frozenset(), raw=False) if isinstance(b, Data) else b
-        case _, Known():
-            return join(b, a)
+        case Weight(), Known():
+            return a
         case _:
-            return a if isinstance(a, Data) else b
+            return join(b, a)
 
 
 def resized(value: Value, old: Shape, new: Shape) -> Value:
@@ -230,12 +239,31 @@ def kernels_in(value: Value) -> frozenset[View]:
             return frozenset()
 
 
-def fewer_views(value: Value, shape: Shape) -> Value:
-    """A value of which less is known where it would be too much: networks of nothing but parameters."""
-    views = value.views if isinstance(value, Weight) else frozenset()
-    if len(views) <= _FEW_VIEWS or len(views) <= _MOST_VIEWS_EACH * len({view.leaf for view in views}):
-        return value
-    return Weight(frozenset(view.opaque(shape).tangled() for view in most_complete(views)))
+def pending_in(value: Value) -> frozenset[View]:
+    """The parameters in a value that were multiplied by constants."""
+    return value.carried - kernels_in(value) if isinstance(value, Data) else frozenset()
+
+
+def simplified(value: Value, shape: Shape) -> Value:
+    """A value without what does not matter, and with less where it would be too much.
+
+    A parameter that was reduced to a number does not matter. Too much would be what a network of nothing
+    but parameters makes of them.
+    """
+    match value:
+        case Weight():
+            views = _relevant(value.views)
+            if len(views) > max(_FEW_VIEWS, _MOST_VIEWS_EACH * len({view.leaf for view in views})):
+                views = frozenset(view.opaque(shape).tangled() for view in most_complete(views))
+            return Weight(views) if views else Known()
+        case Data():
+            return dataclasses.replace(value, carried=_relevant(value.carried)) if value.carried else value
+        case Known():
+            return value
+
+
+def _relevant(views: frozenset[View]) -> frozenset[View]:
+    return frozenset(view for view in views if view.placed or view.loops or view.is_product)
 
 
 def with_views_changed(value: Value, change: Callable[[View], View]) -> Value:

@@ -352,7 +352,6 @@ WEIGHT_LIKE = [
         (x,),
         {"a": (0,), "b": (0,), "w": (0,), "m": ALONE},
     ),
-    Case("a delta to an argument", lambda w, base, x: x @ (base + w), dense, (f32(4, 6), x), (0,)),
     Case(
         "modulated conv",
         modulated_conv,
@@ -586,7 +585,113 @@ def dora_on_an_argument(p, base, x):
 
 one = f32(1, 3, 4)
 rows = jnp.array([0, 1, 1])
+
+
+def median_free(w, x):
+    return x @ (w - jnp.median(w, 0))
+
+
+def solved(w, x):
+    return x @ jnp.linalg.solve(w, w[:, 0])
+
+
+def taught(p, base, i, x):
+    return x @ (base + p["a"][i] @ p["b"][i])
+
+
+def resized_positions(p, x):
+    return x @ p["w"] + jax.image.resize(p["positions"], (3, 6), "bilinear")
+
+
 CANDIDATES = [
+    Case(
+        "LoRA scaled by an argument",
+        lambda p, base, s, x: x @ (base + s * p["a"] @ p["b"]),
+        FACTORS,
+        (f32(4, 6), jnp.float32(2), x),
+        {"a": (0,), "b": (0,)},
+    ),
+    Case(
+        "LoRA scaled by the data",
+        lambda p, x: x @ (p["w"] + jnp.tanh(x.mean()) * p["a"] @ p["b"]),
+        {**FACTORS, "w": dense},
+        (x,),
+        {"a": (0,), "b": (0,), "w": (0,)},
+    ),
+    Case(
+        "LoRA with masked ranks",
+        lambda p, base, m, x: x @ (base + (p["a"] * m) @ p["b"]),
+        FACTORS,
+        (f32(4, 6), f32(2), x),
+        {"a": (0,), "b": (0,)},
+    ),
+    Case(
+        "LoRA of a task",
+        taught,
+        {"a": f32(3, 4, 2), "b": f32(3, 2, 6)},
+        (f32(4, 6), jnp.int32(1), x),
+        {"a": (1,), "b": (1,)},
+    ),
+    Case("masked by what an argument is not", lambda w, m, x: x @ (w * (1 - m)), dense, (f32(4, 6), x), (0,)),
+    Case(
+        "masked by a comparison with an argument",
+        lambda w, m, x: x @ jnp.where(m == 2, w, 0),
+        dense,
+        (f32(4, 6), x),
+        (0,),
+    ),
+    Case(
+        "masked kernels in two branches",
+        lambda p, m, q, x: x @ lax.cond(q, lambda: p[0] * m, lambda: p[1]),
+        [dense, dense],
+        (f32(4, 6), jnp.array(True), x),
+        [(0,), (0,)],
+    ),
+    Case("a diagonal matrix", lambda d, x: x @ jnp.diag(d), f32(4), (x,), ALONE),
+    Case("a scaled unit matrix", lambda d, x: x @ (d[:, None] * jnp.eye(4)), f32(4), (x,), ALONE),
+    Case(
+        "one kernel and deltas to it",
+        lambda p, x: x @ p["w"] + x @ (p["w"] * p["s"]),
+        {"w": dense, "s": f32(6)},
+        (x,),
+        {"w": (0,), "s": ALONE},
+    ),
+    Case(
+        "a batch of ones inside",
+        lambda p: jax.nn.relu(jnp.ones((3, 4)) @ p["w"] + p["b"]) @ p["v"],
+        {"w": dense, "b": f32(6), "v": f32(6, 2)},
+        (),
+        {"w": (0,), "b": ALONE, "v": (0,)},
+    ),
+    Case(
+        "one token, closed over",
+        lambda p: jax.nn.relu(p["e"][np.array([5])] @ p["w"]) @ p["v"],
+        {"e": f32(10, 4), "w": dense, "v": f32(6, 2)},
+        (),
+        {"e": ALONE, "w": (0,), "v": (0,)},
+    ),
+    Case(
+        "random features of a time",
+        lambda p, t: jnp.sin(t[:, None] * p["f"]) @ p["w"],
+        {"f": f32(4), "w": dense},
+        (jnp.ones(3),),
+        {"f": ALONE, "w": (0,)},
+    ),
+    Case("divided by it", lambda w, x: (x[:, :, None] / w).sum(1), dense, (x,), ALONE),
+    Case(
+        "chosen against the data, and summed",
+        lambda w, x: jnp.where(x[:, :, None] > 0, x[:, :, None], w).sum(1),
+        dense,
+        (x,),
+        ALONE,
+    ),
+    Case(
+        "one-hot or not",
+        lambda w, q, i, x: lax.cond(q, lambda: jax.nn.one_hot(i, 4), lambda: x) @ w,
+        dense,
+        (jnp.array(True), jnp.arange(3), x),
+        (0,),
+    ),
     Case("scaled by the data", lambda w, x: x @ (w / x.std()), dense, (x,), (0,)),
     Case("quantized with a scale as an argument", quantized, dense, (jnp.float32(0.1), x), (0,)),
     Case(
@@ -864,6 +969,80 @@ UNCLEAR = [
     ),
     Case("weights that take turns", rotated, [square] * 20, (x,), [ALONE] * 20, "from round to round"),
     Case(
+        "added to an argument of its shape",
+        lambda w, base, x: x @ (base + w),
+        dense,
+        (f32(4, 6), x),
+        ALONE,
+        "may be a kernel or an input",
+    ),
+    Case(
+        "positions resized",
+        resized_positions,
+        {"w": dense, "positions": f32(9, 6)},
+        (x,),
+        {"w": (0,), "positions": ALONE},
+        "only constants are contracted with it",
+    ),
+    Case(
+        "constants on the other side, clipped",
+        lambda w, x: x @ jnp.clip(w @ np.ones((6, 5), np.float32), -1, 1),
+        dense,
+        (x,),
+        ALONE,
+        "which are the inputs cannot be told",
+    ),
+    Case(
+        "constants in one branch",
+        lambda w, q, x: lax.cond(q, lambda: MASK @ w, lambda: MASK[:, :4]) @ x.T,
+        f32(6, 4),
+        (jnp.array(True), x),
+        ALONE,
+        "takes the place of the data",
+    ),
+    Case(
+        "learned queries with computed positions",
+        lambda p, x: (p["z"] @ p["wq"] + jnp.sin(jnp.arange(128.0).reshape(16, 8))) @ x.T,
+        {"z": f32(16, 4), "wq": f32(4, 8)},
+        (f32(3, 8),),
+        UNCLEAR_QUERIES,
+        "'wq'",
+    ),
+    Case(
+        "a product masked by an argument",
+        lambda p, m, x: x @ ((p["a"] * m) @ p["b"]),
+        FACTORS,
+        (f32(4, 2), x),
+        {"a": ALONE, "b": ALONE},
+        PRODUCT,
+    ),
+    Case("less its median", median_free, dense, (x,), ALONE, r"shape \(4, 6\)"),
+    Case("a solution of equations", solved, square, (x,), ALONE, "what became of it"),
+    Case(
+        "diagonal matrices",
+        lambda d, x: jnp.einsum("lio,bi->lbo", jax.vmap(jnp.diag)(d), x),
+        f32(2, 4),
+        (x,),
+        ALONE,
+        "spread over an array",
+    ),
+    Case(
+        "cropped",
+        lambda w, x: x[:, :3] @ lax.pad(w, 0.0, [(-1, 0, 0), (0, 0, 0)]),
+        dense,
+        (x,),
+        ALONE,
+        "only a part of axis 0",
+    ),
+    Case(
+        "blurred",
+        lambda w, x: conv(x, conv(w, np.ones((3, 3, 4, 4), np.float32))),
+        f32(3, 3, 4, 4),
+        (images,),
+        ALONE,
+        "what became of it",
+    ),
+    Case(
         "a convolution of parameters",
         lambda p, x: x * conv(p[0], p[1]).sum(),
         [f32(1, 5, 5, 4), f32(3, 3, 4, 8)],
@@ -910,7 +1089,7 @@ UNCLEAR = [
         dense,
         (x,),
         ALONE,
-        "only a part of axes 0, 1",
+        "what became of it",
     ),
     Case(
         "an unknown operation with data",
@@ -942,6 +1121,13 @@ def test_a_deep_network_of_nothing_but_parameters_takes_no_longer_for_it():
     with pytest.warns(UserWarning, match=r"\['layers'\]\[39\]\['w'\]"):
         axes = fan_in_of(deep_queries, params, x)
     assert axes["layers"] == [{"w": ALONE, "v": ALONE}] * 40
+
+
+def test_outputs_besides_the_loss_may_be_parts_of_parameters():
+    def loss(p, x):
+        return (x @ p).sum(), {"p": p, "flat": p.ravel(), "norms": jnp.linalg.norm(p, axis=1)}
+
+    assert fan_in_of(loss, dense, x) == (0,)
 
 
 def test_one_warning_lists_all_unclear_parameters_and_points_at_the_caller():
@@ -1018,10 +1204,11 @@ def test_leaves_of_every_kind():
 @pytest.mark.parametrize(
     ("fn", "why"),
     [
-        (lambda w, x: x.sum(), "it never meets the data"),
+        (lambda w, x: x.sum(), "it never meets the data, or only a statistic of it does"),
         (lambda w, x: x @ lax.stop_gradient(w), "no gradient comes back to it"),
         (lambda w, x: (x @ w).argmax(), "no gradient comes back to it"),
-        (lambda w, x: x.sum() + (w**2).sum(), "add: only a statistic of it meets the data"),
+        (lambda w, x: x.sum() + (w**2).sum(), "it never meets the data, or only a statistic of it does"),
+        (lambda w, x: x + w.sum(1), "add: only a statistic of it meets the data"),
         (lambda w, x: x @ w, "dot_general over axis 0"),
         (lambda w, x: w[x.astype(int)], "gather: a lookup table"),
     ],
