@@ -75,7 +75,7 @@ def _no_longer_deferred(deferred: Iterable[Use], eqn: Any, values: list[Value]) 
     elif name not in _CONTRACTIONS:
         why = f"{name}: only constants are contracted with it before it meets the data"
         for use in deferred:
-            yield Use(use.leaf, "unclear", name, why)
+            yield dataclasses.replace(use, how="unclear", why=why)
 
 
 def shape_of(atom: Any) -> Shape:

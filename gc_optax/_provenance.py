@@ -227,7 +227,7 @@ class Use:
             none; `"unclear"` where neither can be said.
         op: the primitive.
         why: for a reader.
-        fan_in: the axes that are contracted with the data.
+        fan_in: the axes that are contracted with the data; for a use that is unclear, the axes that may be.
         fan_out: the axes that are not, and that are no batch axes.
         weak: whether the use gives way to one as a weight.
     """

@@ -74,7 +74,7 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
         A tree with the structure of `params` and a `WeightAxes` at each leaf.
 
     Raises:
-        TypeError: if `fn` is not callable; and whatever `fn` raises when it is traced.
+        TypeError: if `fn` is not callable or returns no array; and whatever `fn` raises when it is traced.
 
     Example:
         >>> import jax
@@ -108,7 +108,12 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
         filled = [next(rest) if _is_traced(leaf) else leaf for leaf in given]
         fn_args, fn_kwargs = jax.tree.unflatten(others_structure, filled[len(leaves) :])
         outputs = fn(jax.tree.unflatten(structure, filled[: len(leaves)]), *fn_args, **fn_kwargs)
-        return [output for output in jax.tree.leaves(outputs) if is_array_like(output)]
+        arrays = [output for output in jax.tree.leaves(outputs) if is_array_like(output)]
+        if not arrays:
+            raise TypeError(
+                f"fn has to return what depends on the parameters, an array; it returned {outputs!r}"
+            )
+        return arrays
 
     closed = jax.make_jaxpr(of_arrays)([leaf for leaf in given if _is_traced(leaf)])
     numbers = [number for number, leaf in enumerate(given) if _is_traced(leaf)]
@@ -118,9 +123,9 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
     ]
     reader = _Reader()
     reader.end(reader.read_jaxpr(closed, values))
-    axes = _verdicts(leaves, reader)
-    _warn_of_unclear_uses(places, axes, {use.leaf for use in reader.uses if use.how == "unclear"})
-    return jax.tree.unflatten(structure, axes)
+    verdicts = _verdicts(leaves, reader)
+    _warn_of_unclear_uses(places, verdicts)
+    return jax.tree.unflatten(structure, [axes for axes, _ in verdicts])
 
 
 def _is_traced(leaf: Any) -> bool:
@@ -373,54 +378,54 @@ _CONTROL_FLOW: dict[str, Callable[[_Reader, Any, list[Value], list[bool]], list[
 # From the uses of a parameter to its axes.
 
 
-def _verdicts(leaves: list[Any], reader: _Reader) -> list[WeightAxes]:
+def _verdicts(leaves: list[Any], reader: _Reader) -> list[tuple[WeightAxes, bool]]:
+    """The axes of each parameter, and whether its uses are clear."""
     uses = collections.defaultdict(list)
     for use in reader.uses:
         uses[use.leaf].append(use)
-    return [
-        applicable(_agreed(uses[number], number in reader.without_gradient), leaf)
-        if is_array_like(leaf)
-        else left_alone("no array")
-        for number, leaf in enumerate(leaves)
-    ]
+    verdicts = []
+    for number, leaf in enumerate(leaves):
+        axes, is_clear = _agreed(uses[number], number in reader.without_gradient)
+        axes = applicable(axes, leaf) if is_array_like(leaf) else left_alone("no array")
+        verdicts.append((axes, is_clear))
+    return verdicts
 
 
-def _agreed(uses: list[Use], is_used_without_gradient: bool) -> WeightAxes:
-    """What all uses of a parameter say."""
-    unclear = [use for use in uses if use.how == "unclear"]
+def _agreed(uses: list[Use], is_used_without_gradient: bool) -> tuple[WeightAxes, bool]:
+    """What all uses of a parameter say, and whether they are clear."""
     weights = [use for use in uses if use.how == "weight"]
     others = [use for use in uses if use.how == "no weight" and not (weights and use.weak)]
+    # What may be a use like the others is one: the first step of a recurrence, from a state of zeros.
+    known = {use.fan_in for use in weights}
+    unclear = [use for use in uses if use.how == "unclear" and use.fan_in not in known]
     if unclear:
-        return left_alone(unclear[0].why, unclear[0].op)
+        return left_alone(unclear[0].why, unclear[0].op), False
     if not uses:
-        why = (
-            "no gradient comes back to it"
-            if is_used_without_gradient
-            else "it never meets the data, or only a statistic of it does"
-        )
-        return left_alone(why)
+        why = "it never meets the data, or only a statistic of it does"
+        return left_alone("no gradient comes back to it" if is_used_without_gradient else why), True
     if not weights:
         telling = [use for use in others if not use.weak] or others
-        return left_alone(telling[0].why, telling[0].op)
-    if others or len({use.fan_in for use in weights}) > 1:
+        return left_alone(telling[0].why, telling[0].op), True
+    if others or len(known) > 1:
         ways = dict.fromkeys(use.why for use in [*weights, *others])
-        return left_alone("used in more than one way: " + "; ".join(ways))
+        return left_alone("used in more than one way: " + "; ".join(ways)), True
     fan_out = frozenset.intersection(*(use.fan_out for use in weights))
     first = weights[0]
-    return WeightAxes(tuple(sorted(first.fan_in)), tuple(sorted(fan_out)), first.op, first.why)
+    return WeightAxes(tuple(sorted(first.fan_in)), tuple(sorted(fan_out)), first.op, first.why), True
 
 
-def _warn_of_unclear_uses(places: list[tuple[Any, Any]], axes: list[WeightAxes], unclear: set[int]) -> None:
+def _warn_of_unclear_uses(places: list[tuple[Any, Any]], verdicts: list[tuple[WeightAxes, bool]]) -> None:
     lines = [
-        f"  {place(path, leaf)}: {axes[number].why}"
-        for number, (path, leaf) in enumerate(places)
-        if number in unclear
+        f"  {place(path, leaf)}: {axes.why}"
+        for (path, leaf), (axes, is_clear) in zip(places, verdicts, strict=True)
+        if not is_clear
     ]
     if lines:
         warnings.warn(
             "infer_axes leaves these parameters alone, because it cannot read with certainty what the "
             "computation does with them:\n" + "\n".join(lines) + "\n"
-            "To centralize one of them, replace its leaf in the tree by axes of your own.",
+            "To centralize one of them, replace its leaf in the tree by axes of your own, or, if it is "
+            "multiplied by an array that the function closes over, pass the array as an argument.",
             UserWarning,
             stacklevel=stacklevel_of_the_user(),
         )

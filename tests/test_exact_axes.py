@@ -362,13 +362,13 @@ KERAS = [
 
 @pytest.mark.parametrize(("layer", "inputs", "expected"), KERAS, ids=map(name_of, KERAS))
 def test_keras(layer, inputs, expected):
-    call = {"value": inputs, "key": inputs} if isinstance(layer, keras.layers.MultiHeadAttention) else {}
-    layer(inputs, **call)
+    several = 2 if isinstance(layer, keras.layers.MultiHeadAttention) else 1
+    layer(*[inputs] * several)
     params = [variable.value for variable in layer.trainable_variables]
     state = [variable.value for variable in layer.non_trainable_variables]
 
     def fn(params, state, inputs):
-        outputs, _ = layer.stateless_call(params, state, inputs, **call)
+        outputs, _ = layer.stateless_call(params, state, *[inputs] * several)
         return outputs
 
     names = [variable.path.split("/", 1)[1] for variable in layer.trainable_variables]

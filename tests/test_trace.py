@@ -455,7 +455,17 @@ def churned(w):
 
 
 square = f32(4, 4)
+
+
+def unrolled_rnn(p, xs):
+    h = jnp.zeros(6)
+    for step in range(3):
+        h = jnp.tanh(xs[step] @ p["w"] + h @ p["u"])
+    return h
+
+
 LOOPS = [
+    Case("an RNN, unrolled", unrolled_rnn, {"w": f32(4, 6), "u": f32(6, 6)}, (x,), {"w": (0,), "u": (0,)}),
     Case("scan over layers", scanned, f32(5, 4, 4), (x,), (1,)),
     Case(
         "scan in reverse",
@@ -1242,6 +1252,12 @@ def test_under_jit_and_with_numpy_arrays():
         return w
 
     traced(np.ones((4, 6), np.float32), np.ones((3, 4), np.float32))
+
+
+@pytest.mark.parametrize("fn", [lambda w, x: None, lambda w, x: {"loss": "forgotten", "rate": 0.1}])
+def test_fn_has_to_return_an_array(fn):
+    with pytest.raises(TypeError, match="fn has to return what depends on the parameters"):
+        infer_axes(fn, dense, x)
 
 
 def test_fn_has_to_be_a_function():
