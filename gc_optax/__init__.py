@@ -1,6 +1,6 @@
 """Gradient centralization for JAX, as an optax transformation."""
 
-import importlib.metadata
+from importlib.metadata import version as _version
 
 from ._axes import WeightAxes as WeightAxes
 from ._axes import conv_only as conv_only
@@ -13,4 +13,4 @@ from ._report import removed_fraction as removed_fraction
 from ._report import summarize as summarize
 from ._trace import infer_axes as infer_axes
 
-__version__ = importlib.metadata.version("gc_optax")
+__version__ = _version("gc_optax")

@@ -230,9 +230,9 @@ def settle(params: PyTree, axes: Axes, mask: Mask) -> list[WeightAxes]:
     axes_tree = out_last(params) if axes is None else _resolve(axes, params)
     given = match("axes", axes_tree, params, prefix=False)
     if mask is None:
-        return [_settle_leaf(*place, keep=True) for place in given]
+        return [_settle_leaf(*leaf, keep=True) for leaf in given]
     kept = match("mask", _resolve(mask, params), params, prefix=True)
-    return [_settle_leaf(*place, keep) for place, (_, _, keep) in zip(given, kept, strict=True)]
+    return [_settle_leaf(*leaf, keep) for leaf, (_, _, keep) in zip(given, kept, strict=True)]
 
 
 def warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes]) -> None:
@@ -507,26 +507,26 @@ def _settle_leaf(path: Path, leaf: Any, given: Any, keep: Any) -> WeightAxes:
     return applicable(axes, leaf)
 
 
-def _as_weight_axes(given: Any, place: str) -> WeightAxes:
+def _as_weight_axes(given: Any, where: str) -> WeightAxes:
     if isinstance(given, WeightAxes):
         return given
     if given is None:
         return left_alone("left alone by axes")
     if isinstance(given, optax.contrib.MuonDimensionNumbers):
-        fan_in = _axis_tuple(given.reduction_axis, place)
-        return WeightAxes(fan_in, _axis_tuple(given.output_axis, place), why="MuonDimensionNumbers")
+        fan_in = _axis_tuple(given.reduction_axis, where)
+        return WeightAxes(fan_in, _axis_tuple(given.output_axis, where), why="MuonDimensionNumbers")
     if _is_axis(given) or type(given) is tuple:  # a NamedTuple is something else
-        return WeightAxes(_axis_tuple(given, place), why="given by axes")
+        return WeightAxes(_axis_tuple(given, where), why="given by axes")
     raise TypeError(
-        f"axes for {place} must be a WeightAxes, an int, a tuple of ints, a MuonDimensionNumbers or None, "
+        f"axes for {where} must be a WeightAxes, an int, a tuple of ints, a MuonDimensionNumbers or None, "
         f"got {describe(given)}" + ("; a tree of bools is a mask" if isinstance(given, bool) else "")
     )
 
 
-def _axis_tuple(given: Any, place: str) -> tuple[int, ...]:
+def _axis_tuple(given: Any, where: str) -> tuple[int, ...]:
     axes = (given,) if _is_axis(given) else given
     if not (isinstance(axes, tuple | list) and all(map(_is_axis, axes))):
-        raise TypeError(f"axes for {place} must be ints, got {given!r}")
+        raise TypeError(f"axes for {where} must be ints, got {given!r}")
     return tuple(map(operator.index, axes))
 
 
@@ -534,24 +534,24 @@ def _is_axis(given: Any) -> bool:
     return isinstance(given, int | np.integer) and not isinstance(given, bool)
 
 
-def _in_range(axes: WeightAxes, leaf: Any, place: str) -> WeightAxes:
+def _in_range(axes: WeightAxes, leaf: Any, where: str) -> WeightAxes:
     rank = len(leaf.shape) if is_array_like(leaf) else 0
     for axis in axes.fan_in + axes.fan_out:
         if not -rank <= axis < rank:
-            raise ValueError(f"axes for {place}: axis {axis} is out of range for rank {rank}")
+            raise ValueError(f"axes for {where}: axis {axis} is out of range for rank {rank}")
     fan_in = tuple(axis % rank for axis in axes.fan_in)
     fan_out = tuple(axis % rank for axis in axes.fan_out)
     if len(set(fan_in + fan_out)) < len(fan_in + fan_out):
         named = f"fan_in {axes.fan_in}" + (f", fan_out {axes.fan_out}" if axes.fan_out else "")
-        raise ValueError(f"axes for {place}: an axis is repeated in {named}")
+        raise ValueError(f"axes for {where}: an axis is repeated in {named}")
     return dataclasses.replace(axes, fan_in=fan_in, fan_out=fan_out)
 
 
-def _as_bool(keep: Any, place: str) -> bool:
+def _as_bool(keep: Any, where: str) -> bool:
     is_bool = isinstance(keep, bool) or (is_array_like(keep) and keep.dtype == jnp.bool_ and keep.shape == ())
     if is_bool and not isinstance(keep, jax.core.Tracer):
         return bool(keep)
-    raise TypeError(f"mask for {place} must be a bool that is known when the update is traced, got {keep!r}")
+    raise TypeError(f"mask for {where} must be a bool that is known when the update is traced, got {keep!r}")
 
 
 def applicable(axes: WeightAxes, leaf: Any) -> WeightAxes:

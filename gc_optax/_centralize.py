@@ -47,7 +47,7 @@ def centralize(axes: Axes = None, *, mask: Mask = None) -> optax.GradientTransfo
         shapes and dtypes.
 
     Raises:
-        ValueError: from `init` and `update`, if `axes` or `mask` has not the structure of the
+        ValueError: from `init` and `update`, if `axes` or `mask` does not have the structure of the
             parameters, or if an axis is repeated or out of range. The message names the parameter.
         TypeError: likewise, if a leaf of `axes` or `mask` is of none of the types above.
 

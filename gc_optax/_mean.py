@@ -65,6 +65,9 @@ def removed_share(gradient: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 @jax.jit
-def squared_norm(gradient: jax.Array) -> jax.Array:
-    """The sum of the squared absolute values of an array, a real scalar in at least float32."""
-    return jnp.sum(jnp.abs(gradient.astype(_accumulator(gradient.dtype))) ** 2)
+def norm(gradient: jax.Array) -> jax.Array:
+    """The Euclidean norm of an array of any size of entries, a real scalar in at least float32."""
+    wide = gradient.astype(_accumulator(gradient.dtype))
+    largest = jnp.max(jnp.abs(wide), initial=0)
+    scaled = wide / jnp.where(largest == 0, 1, largest)
+    return largest * jnp.sqrt(jnp.sum(jnp.abs(scaled) ** 2))

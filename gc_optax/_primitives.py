@@ -219,7 +219,7 @@ def _without_masks(name: str, values: list[Value], owned: frozenset[int], shape:
     """With arrays that the function closes over, and that run along a kernel, for what they are: masks."""
 
     def is_mask(value: Value) -> bool:
-        return isinstance(value, Data) and value.raw and value.constant and variation(value, shape) <= owned
+        return isinstance(value, Data) and value.raw and value.constant and variation(value, shape) == owned
 
     if name not in ("mul", "select_n") or len(owned) < 2:
         return values

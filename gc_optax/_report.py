@@ -4,10 +4,12 @@ import dataclasses
 import io
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import tree_util as jtu
 
 from ._axes import (
@@ -26,7 +28,7 @@ from ._axes import (
     settle,
     warn_of_unsettled_kernels,
 )
-from ._mean import removed_share, squared_norm
+from ._mean import norm, removed_share
 
 # Wide enough for the reasons, narrow enough for a page.
 _WIDTH = 140
@@ -49,12 +51,13 @@ def removed_fraction(gradients: PyTree, axes: Axes = None, *, mask: Mask = None)
 
     Args:
         gradients: a tree of arrays.
-        axes: as for `centralize`.
+        axes: as for `centralize`, with the same warning by default.
         mask: as for `centralize`.
 
     Returns:
         A tree with the structure of `gradients` and a float32 scalar in [0, 1] at each leaf: 0 for what is
-        left alone and for a gradient that is zero. `None` and `optax.MaskedNode` stay as they are.
+        left alone and for a gradient that is zero, NaN where there is a NaN or an infinity. `None` and
+        `optax.MaskedNode` stay as they are.
 
     Raises:
         ValueError: as the `init` of `centralize`.
@@ -86,11 +89,7 @@ def removed_fraction(gradients: PyTree, axes: Axes = None, *, mask: Mask = None)
     if axes is None:
         warn_of_unsettled_kernels(gradients, settled)
     leaves, structure = jax.tree.flatten(gradients, is_leaf=is_absent)
-    fractions = [
-        leaf if is_absent(leaf) else removed_share(leaf, axes.fan_in) if axes.fan_in else jnp.float32(0)
-        for leaf, axes in zip(leaves, settled, strict=True)
-    ]
-    return jax.tree.unflatten(structure, fractions)
+    return jax.tree.unflatten(structure, list(map(_fraction, leaves, settled)))
 
 
 def summarize(params: PyTree, axes: Axes = None, *, mask: Mask = None, gradients: PyTree = None) -> str:
@@ -101,7 +100,8 @@ def summarize(params: PyTree, axes: Axes = None, *, mask: Mask = None, gradients
 
     Args:
         params: the parameters, a tree of arrays or of `jax.ShapeDtypeStruct`s.
-        axes: as for `centralize`, what `infer_axes` returns for example.
+        axes: as for `centralize`, what `infer_axes` returns for example. By default it warns as
+            `centralize` does.
         mask: as for `centralize`.
         gradients: a tree with the structure and the shapes of `params`. With it the table also has the
             share of the squared norm of the gradient that centralization removes.
@@ -110,8 +110,8 @@ def summarize(params: PyTree, axes: Axes = None, *, mask: Mask = None, gradients
         The table as text, 140 columns wide at most, and a last line with totals.
 
     Raises:
-        ValueError: as the `init` of `centralize`; and if `gradients` has not the structure and the shapes
-            of `params`.
+        ValueError: as the `init` of `centralize`; and if `gradients` does not have an array of the same
+            shape for each parameter.
         TypeError: as the `init` of `centralize`.
         ImportError: if `rich` is not installed.
 
@@ -130,10 +130,16 @@ def summarize(params: PyTree, axes: Axes = None, *, mask: Mask = None, gradients
     References:
         The table is made by Rich, https://rich.readthedocs.io
     """
+    settled = settle(params, axes, mask)
+    if axes is None:
+        warn_of_unsettled_kernels(params, settled)
     places, _ = jtu.tree_flatten_with_path(params, is_leaf=is_absent)
-    settled = [(*leaf, axes) for leaf, axes in zip(places, settle(params, axes, mask), strict=True)]
     # A module may have functions and numbers for leaves too.
-    arrays = [leaf for leaf in settled if is_array_like(leaf[1])]
+    arrays = [
+        (path, leaf, weight)
+        for (path, leaf), weight in zip(places, settled, strict=True)
+        if is_array_like(leaf)
+    ]
     if gradients is None:
         rows = [_row(*leaf) for leaf in arrays]
     else:
@@ -142,6 +148,12 @@ def summarize(params: PyTree, axes: Axes = None, *, mask: Mask = None, gradients
         rows = [_row_with_gradient(*leaf, gradient) for leaf, gradient in zip(arrays, given, strict=True)]
     table = _table(_collapsed(rows), with_gradients=gradients is not None)
     return f"{table}\n\n{_totals(rows, with_gradients=gradients is not None)}"
+
+
+def _fraction(gradient: Any, axes: WeightAxes) -> Any:
+    if is_absent(gradient):
+        return gradient
+    return removed_share(gradient, axes.fan_in) if axes.fan_in else jnp.float32(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,18 +207,19 @@ def _percent(rows: list[_Row]) -> str:
 
 
 def _row(path: Path, leaf: Any, axes: WeightAxes) -> _Row:
-    return _Row(tuple(re.split(r"(\d+)", path_text(path))), tuple(leaf.shape), axes)
+    return _Row(tuple(re.split(r"(\d+)(?=/|$)", path_text(path))), tuple(leaf.shape), axes)
 
 
 def _row_with_gradient(path: Path, leaf: Any, axes: WeightAxes, gradient: Any) -> _Row:
     row = _row(path, leaf, axes)
     if not is_inexact(leaf):
         return row
-    if not is_array_like(gradient) or gradient.shape != row.shape:
+    if not isinstance(gradient, jax.Array | np.ndarray) or gradient.shape != row.shape:
         raise ValueError(f"the gradient of {place(path, leaf)}, is {describe(gradient)}")
-    norm = float(squared_norm(gradient))
+    # Squares of what float32 holds may be out of its range, but not of Python's.
+    squared_norm = float(norm(gradient)) ** 2
     share = float(removed_share(gradient, axes.fan_in)) if axes.fan_in else 0.0
-    return dataclasses.replace(row, squared_norm=norm, removed=share * norm)
+    return dataclasses.replace(row, squared_norm=squared_norm, removed=share * squared_norm)
 
 
 def _collapsed(rows: list[_Row]) -> list[_Row]:
@@ -224,10 +237,8 @@ def _collapsed(rows: list[_Row]) -> list[_Row]:
 def _together(rows: list[_Row], position: int) -> _Row:
     if len(rows) == 1:
         return rows[0]
-    indices = sorted(int(row.path[position]) for row in rows)
-    is_run = len(indices) > 2 and indices == list(range(indices[0], indices[-1] + 1))
     path = list(rows[0].path)
-    path[position] = "{" + (f"{indices[0]}..{indices[-1]}" if is_run else ",".join(map(str, indices))) + "}"
+    path[position] = "{" + ",".join(_ranges([row.path[position] for row in rows])) + "}"
     return dataclasses.replace(
         rows[0],
         path=tuple(path),
@@ -235,6 +246,22 @@ def _together(rows: list[_Row], position: int) -> _Row:
         squared_norm=sum(row.squared_norm for row in rows),
         removed=sum(row.removed for row in rows),
     )
+
+
+def _ranges(indices: list[str]) -> Iterator[str]:
+    """Indices as a reader counts them: "0..11", or "0,2..22" for every other one."""
+    rest = sorted(indices, key=int)
+    while rest:
+        step = int(rest[1]) - int(rest[0]) if len(rest) > 1 else 0
+        run = [index for n, index in enumerate(rest) if int(index) == int(rest[0]) + n * step]
+        if step == 1 and len(run) > 2:
+            yield f"{run[0]}..{run[-1]}"
+        elif step > 1 and len(run) > 3:
+            yield f"{run[0]},{run[1]}..{run[-1]}"
+        else:
+            run = rest[:1]
+            yield run[0]
+        rest = rest[len(run) :]
 
 
 def _table(rows: list[_Row], *, with_gradients: bool) -> str:
@@ -250,7 +277,10 @@ def _table(rows: list[_Row], *, with_gradients: bool) -> str:
     for row in rows:
         shown.add_row(*(text.Text(cell) for cell in row.cells()[: len(shown.columns)]))
     printed = io.StringIO()
-    console.Console(file=printed, width=_WIDTH).print(shown)
+    plain = console.Console(
+        file=printed, width=_WIDTH, color_system=None, force_terminal=False, force_jupyter=False
+    )
+    plain.print(shown)
     return "\n".join(line.rstrip() for line in printed.getvalue().strip().split("\n"))
 
 

@@ -219,8 +219,9 @@ class _Reader:
             outputs = _CONTROL_FLOW[name](self, eqn, values, live)
         elif self._stops_gradient(eqn):
             outputs = [self._as_constant(values[0], shape_of(eqn.outvars[0]), is_frozen=True)]
-        elif body := _body_with_the_same_arguments(eqn):
-            outputs = self._read_body(eqn, body, values, live)
+        elif bodies := _bodies_with_the_same_arguments(eqn):
+            read = [self._read_body(eqn, body, values, live) for body in bodies]
+            outputs = [functools.reduce(join, each) for each in zip(*read, strict=True)]
         else:
             outputs = results(self.note, eqn, values)
         return [self._settled(value, var) for value, var in zip(outputs, eqn.outvars, strict=True)]
@@ -345,20 +346,25 @@ def _dtype(aval: Any) -> Any:
     return getattr(aval, "dtype", jnp.dtype(bool))
 
 
-def _body_with_the_same_arguments(eqn: Any) -> Any:
-    """The jaxpr that an equation holds, if it holds one that its arguments and results fit.
+def _bodies_with_the_same_arguments(eqn: Any) -> list[Any]:
+    """The jaxprs that an equation holds, if its arguments and results fit all of them.
 
     Any primitive may hold one: jit, remat, custom_jvp_call, custom_vjp_call, shard_map, and those to come.
     """
-    held = [value for value in eqn.params.values() if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)]
-    if len(held) != 1:
-        return None
-    body = _opened(held[0])
-    inside, outside = body.invars + body.outvars, eqn.invars + eqn.outvars
-    fits = len(body.invars) == len(eqn.invars) and len(inside) == len(outside)
-    return (
-        held[0] if fits and all(_rank(a) == _rank(b) for a, b in zip(inside, outside, strict=True)) else None
-    )
+    held = [
+        value
+        for given in eqn.params.values()
+        for value in (given if isinstance(given, tuple | list) else [given])
+        if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)
+    ]
+    return held if all(_fits(eqn, _opened(jaxpr)) for jaxpr in held) else []
+
+
+def _fits(eqn: Any, jaxpr: Any) -> bool:
+    if len(jaxpr.invars) != len(eqn.invars) or len(jaxpr.outvars) != len(eqn.outvars):
+        return False
+    pairs = zip(jaxpr.invars + jaxpr.outvars, eqn.invars + eqn.outvars, strict=True)
+    return all(_rank(inside) == _rank(outside) for inside, outside in pairs)
 
 
 def _all_resized(values: Sequence[Value], before: Sequence[Any], after: Sequence[Any]) -> list[Value]:

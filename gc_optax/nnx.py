@@ -39,11 +39,13 @@ def infer_axes(
         variable.
 
     Raises:
-        ValueError: if `wrt` selects nothing.
+        ValueError: if `wrt` selects nothing in the model.
         TypeError: as `gc_optax.infer_axes`.
+        ImportError: when this module is imported without Flax.
 
     Example:
         >>> import gc_optax.nnx
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> import optax
         >>> from flax import nnx
@@ -59,15 +61,30 @@ def infer_axes(
         >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
         >>> updates = optimizer.update(model, nnx.grad(loss)(model, x, y))
 
+        For a table of them:
+
+        >>> print(gc_optax.summarize(nnx.state(model, nnx.Param), axes).splitlines()[-1])
+        2 of 4 parameters are centralized: 288 of 321 entries, in 33 weight vectors.
+
+        Muon takes them without the variables around them:
+
+        >>> matrices = jax.tree.map(gc_optax.WeightAxes.to_muon, nnx.as_pure(axes))
+        >>> muon = optax.contrib.muon(1e-2, muon_weight_dimension_numbers=matrices)
+        >>> tx = optax.chain(gc_optax.centralize(axes), muon)
+        >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        >>> updates = optimizer.update(model, nnx.grad(loss)(model, x, y))
+
     References:
         https://flax.readthedocs.io/en/latest/guides/filters_guide.html
     """
+    if not callable(fn):
+        raise TypeError(f"fn must be a function of the model, got {fn!r}")
     graphdef, *states = nnx.split(model, wrt, ...)
     params, rest = states
     if not params:
-        raise ValueError(f"the model has no variables that wrt={wrt!r} selects")
+        raise ValueError(f"the model, a {type(model).__name__}, has no variables that wrt={wrt!r} selects")
 
-    def fn_of_params(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
+    def fn_of_params(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
         return fn(nnx.merge(graphdef, params, rest), *args, **kwargs)
 
-    return _infer_axes(fn_of_params, params, rest, *args, **kwargs)
+    return _infer_axes(fn_of_params, params, rest, args, kwargs)

@@ -101,9 +101,7 @@ def test_wrt_selects_what_is_trained():
     }
     everything = kernels(gc_optax.nnx.infer_axes(loss, model, inputs, wrt=(nnx.Param, nnx.LoRAParam)))
     assert everything == {"kernel": (0,), "lora/lora_a": (0,), "lora/lora_b": (0,)}
-    with pytest.raises(
-        ValueError, match=r"the model has no variables that wrt=<class '.*BatchStat'> selects"
-    ):
+    with pytest.raises(ValueError, match=r"the model, a LoRALinear, has no variables .*BatchStat'> selects"):
         gc_optax.nnx.infer_axes(loss, model, inputs, wrt=nnx.BatchStat)
 
 
@@ -130,10 +128,7 @@ def test_muon_takes_the_axes_of_an_nnx_model():
     model = Model(nnx.Rngs(0))
     axes = gc_optax.nnx.infer_axes(loss, model, x, y)
 
-    # Without their boxes, as the gradients that nnx.Optimizer gives to `update`.
-    matrices = jax.tree.map(
-        lambda param: jax.tree.leaves(param)[0].to_muon(), axes, is_leaf=lambda x: isinstance(x, nnx.Param)
-    )
+    matrices = jax.tree.map(WeightAxes.to_muon, nnx.as_pure(axes))
     muon = optax.contrib.muon(1e-2, muon_weight_dimension_numbers=matrices)
     optimizer = nnx.Optimizer(model, optax.chain(centralize(axes), muon), wrt=nnx.Param)
     first = float(loss(model, x, y))
@@ -145,6 +140,35 @@ def test_muon_takes_the_axes_of_an_nnx_model():
     for _ in range(20):
         step(model, optimizer)
     assert float(loss(model, x, y)) < first
+
+
+def test_arguments_of_the_function_may_have_any_name():
+    def fn(model, x, *, rest, params):
+        return loss(model, x, y) + rest + params
+
+    axes = gc_optax.nnx.infer_axes(fn, Model(nnx.Rngs(0)), x, rest=jnp.ones(()), params=jnp.ones(()))
+    assert kernels(axes) == EXPECTED
+
+
+def test_a_table_of_the_axes():
+    model = Model(nnx.Rngs(0))
+    axes = gc_optax.nnx.infer_axes(loss, model, x, y)
+    table = gc_optax.summarize(nnx.state(model, nnx.Param), axes, gradients=nnx.grad(loss)(model, x, y))
+    assert "conv/kernel" in table
+    assert "6 of 14 parameters are centralized" in table
+
+
+@pytest.mark.parametrize(
+    ("fn", "model", "error", "message"),
+    [
+        (None, Model(nnx.Rngs(0)), TypeError, "fn must be a function of the model, got None"),
+        (loss, {"kernel": x}, ValueError, "the model, a dict, has no variables"),
+        (Model(nnx.Rngs(0)), loss, ValueError, "the model, a function, has no variables"),
+    ],
+)
+def test_bad_arguments(fn, model, error, message):
+    with pytest.raises(error, match=message):
+        gc_optax.nnx.infer_axes(fn, model, x, y)
 
 
 def test_flax_is_needed_for_this_module_only():

@@ -1,5 +1,6 @@
 """Views of parameters against arrays that hold the indices of their own entries."""
 
+import dataclasses
 import math
 
 import hypothesis
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from gc_optax._provenance import Piece, View, reshape_groups
+from gc_optax._values import Known, Weight, simplified
 
 sizes = st.sampled_from([1, 1, 2, 3, 4, 6])
 
@@ -85,3 +87,21 @@ def test_empty_arrays_are_one_group():
 def test_pieces_of_axes(shape, new, dims):
     view = View.whole(0, shape).reshaped(shape, new)
     assert view.dims == tuple(tuple(Piece(*piece) for piece in pieces) for pieces in dims)
+
+
+def test_too_many_views_become_one_for_each_parameter():
+    shape = (4, 4)
+    views = {
+        dataclasses.replace(View.whole(leaf, shape), sliced=frozenset({number}))
+        for leaf in range(2)
+        for number in range(20)
+    }
+    kept = simplified(Weight(frozenset(views)), shape)
+    assert {view.leaf for view in kept.views} == {0, 1}
+    assert all(view.is_tangled for view in kept.views)
+    few = Weight(frozenset(list(views)[:30]))
+    assert simplified(few, shape) == few
+
+
+def test_what_was_reduced_to_a_number_is_no_kernel():
+    assert simplified(Weight(frozenset({View.whole(0, (4, 4)).reduced([0, 1])})), ()) == Known()

@@ -158,6 +158,61 @@ def test_summarize_keeps_apart_what_differs_in_more_than_an_index():
     assert rows == ["a_0/b_0", "a_1/b_1"]
 
 
+def test_summarize_takes_numbers_at_the_end_of_a_name_for_indices():
+    params = {name: jnp.ones((4, 3)) for name in ("conv1d", "conv2d", "w1", "w2", "w3", "b_01", "b_1")}
+    rows = [line.split("  ")[0] for line in summarize(params).splitlines()[2:-2]]
+    assert rows == ["b_{01,1}", "conv1d", "conv2d", "w{1..3}"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "shown"),
+    [
+        (range(2), "{0,1}"),
+        (range(12), "{0..11}"),
+        (range(1, 24, 2), "{1,3..23}"),
+        ([0, 1, 2, 5, 6, 7, 9], "{0..2,5..7,9}"),
+        ([3, 10], "{3,10}"),
+    ],
+)
+def test_summarize_counts_indices_as_a_reader_does(numbers, shown):
+    table = summarize({f"l_{number}": jnp.ones((4, 3)) for number in numbers})
+    assert table.splitlines()[2].split("  ")[0] == f"l_{shown}"
+
+
+def test_summarize_keeps_apart_what_is_centralized_in_another_way():
+    params = {f"w_{n}": jnp.ones((4, 3)) for n in range(3)}
+    lines = summarize(params, {"w_0": 0, "w_1": 0, "w_2": None}).splitlines()
+    assert [line.split("  ")[0] for line in lines[2:-2]] == ["w_{0,1}", "w_2"]
+    # An incomplete grid: three of the four.
+    grid = {f"a_{a}/b_{b}": jnp.ones((4, 3)) for a, b in ((0, 0), (0, 1), (1, 0))}
+    lines = summarize(grid).splitlines()
+    assert [line.split("  ")[0] for line in lines[2:-2]] == ["a_{0,1}/b_0", "a_0/b_1"]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_summarize_and_removed_fraction_agree_at_every_scale(scale):
+    gradient = jnp.array([[1.0, 2.0], [1.0, 0.0]]) * scale
+    table = summarize({"w": jnp.zeros((2, 2))}, {"w": 0}, gradients={"w": gradient})
+    assert table.count("66.7%") == 2
+    np.testing.assert_allclose(removed_fraction(gradient, 0), 2 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("setting", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_summarize_is_plain_text_everywhere(setting, monkeypatch):
+    params = {"w": jnp.ones((4, 3))}
+    plain = summarize(params)
+    monkeypatch.setenv(setting, "1")
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert summarize(params) == plain
+    assert "\x1b" not in plain
+    assert "parameter" in plain
+
+
+def test_summarize_warns_of_kernels_that_it_guesses_at():
+    with pytest.warns(UserWarning, match=r"shape \(2, 3, 4\)"):
+        summarize({"kernel": jnp.ones((2, 3, 4))})
+
+
 def test_summarize_counts_every_centralized_vector_of_the_rows_that_it_joins():
     params = [jnp.ones((4, 8)), jnp.ones((4, 8)), jnp.ones((2, 3, 4))]
     lines = summarize(params, [0, 0, (1, 2)]).splitlines()
@@ -192,6 +247,7 @@ def test_summarize_of_one_array_of_nothing_and_of_brackets():
     [
         ({"w": jnp.ones((4, 3))}, "gradients does not have the structure of the parameters: at the root"),
         ({"w": jnp.ones((3, 4)), "b": jnp.ones(3)}, r"the gradient of \['w'\], shape \(4, 3\), is"),
+        ({"w": jax.ShapeDtypeStruct((4, 3), jnp.float32), "b": jnp.ones(3)}, "is an array of dtype float32"),
         ({"w": None, "b": jnp.ones(3)}, r"the gradient of \['w'\], shape \(4, 3\), is None"),
     ],
 )

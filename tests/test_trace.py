@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend import core as jex
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -1125,7 +1126,7 @@ def test_what_cannot_be_read_with_certainty_is_left_alone_with_a_warning(case):
     check(case)
 
 
-def test_a_deep_network_of_nothing_but_parameters_takes_no_longer_for_it():
+def test_a_deep_network_of_nothing_but_parameters_is_left_alone():
     layer = {"w": square, "v": square}
     params = {"z": f32(5, 4), "layers": [layer] * 40}
     with pytest.warns(UserWarning, match=r"\['layers'\]\[39\]\['w'\]"):
@@ -1225,6 +1226,31 @@ def test_leaves_of_every_kind():
 )
 def test_the_reason_is_said(fn, why):
     assert infer_axes(fn, dense, x).why == why
+
+
+def test_only_axes_that_are_fan_out_in_all_uses_are_fan_out():
+    def fn(w, x):
+        return jnp.einsum("ti,eio->teo", x, w).sum() + jnp.einsum("eti,eio->eto", jnp.stack([x, x]), w).sum()
+
+    axes = infer_axes(fn, f32(2, 4, 6), x)
+    assert (axes.fan_in, axes.fan_out) == ((1,), (2,))
+
+
+@pytest.mark.parametrize("in_a_tuple", [False, True])
+def test_a_new_primitive_that_holds_a_jaxpr_needs_no_change(in_a_tuple):
+    later = jex.Primitive("later")
+    later.def_abstract_eval(lambda w, x, *, work: jax.core.ShapedArray((3, 6), jnp.float32))
+    body = jax.make_jaxpr(lambda w, x: jnp.tanh(x @ w))(dense, x)
+    work = (body, body) if in_a_tuple else body
+    assert fan_in_of(lambda w, x: later.bind(w, x, work=work), dense, x) == (0,)
+
+
+def test_a_new_primitive_that_holds_what_does_not_fit_is_unclear():
+    later = jex.Primitive("later")
+    later.def_abstract_eval(lambda w, x, *, work: jax.core.ShapedArray((3, 6), jnp.float32))
+    body = jax.make_jaxpr(jnp.tanh)(x)
+    with pytest.warns(UserWarning, match="later: an operation on it together with the data"):
+        assert fan_in_of(lambda w, x: later.bind(w, x, work=body), dense, x) == ALONE
 
 
 def test_batch_axes_are_neither_fan_in_nor_fan_out():
