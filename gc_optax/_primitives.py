@@ -93,8 +93,8 @@ def no_weight(views: Iterable[View], op: str, why: str, *, weak: bool = False) -
         elif view.is_product and not weak:
             yield unclear_product(view, op)
         else:
-            why = f"{view.lookup}: a lookup table" if view.lookup else why
-            yield Use(view.leaf, "no weight", op, why, weak=weak)
+            reason = f"{view.lookup}: a lookup table" if view.lookup else why
+            yield Use(view.leaf, "no weight", op, reason, weak=weak)
 
 
 def unclear_product(view: View, op: str) -> Use:

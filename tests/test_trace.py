@@ -1228,6 +1228,13 @@ def test_the_reason_is_said(fn, why):
     assert infer_axes(fn, dense, x).why == why
 
 
+def test_the_reasons_of_parameters_in_one_value_are_their_own():
+    params = {"picked": f32(2, 3, 4), "bias": f32(3, 4)}
+    axes = infer_axes(lambda p, i, x: (p["picked"][i] + p["bias"]) * jnp.sin(x), params, jnp.int32(1), x)
+    assert axes["picked"].why == "dynamic_slice: a lookup table"
+    assert axes["bias"].why == "mul: a bias, a scale or a gate"
+
+
 def test_only_axes_that_are_fan_out_in_all_uses_are_fan_out():
     def fn(w, x):
         return jnp.einsum("ti,eio->teo", x, w).sum() + jnp.einsum("eti,eio->eto", jnp.stack([x, x]), w).sum()
