@@ -41,7 +41,7 @@ class Data:
     Args:
         varies: the dimensions along which it is not constant, apart from those of what it carries.
         one_hot: the dimensions along which it has a single entry that is not zero.
-        raw: whether it is an argument, and nothing but that: a mask or a frozen kernel, it may be.
+        raw: whether it is made of arguments alone, entry by entry: it may be a mask, or a frozen kernel.
         constant: whether it depends on nothing but parameters and arrays that are constants: the
             batch, where the function closes over it, but perhaps a fixed transform of a kernel.
         carried: the parameters that it is a version of, should it turn out to be a kernel itself:
