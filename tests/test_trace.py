@@ -1230,7 +1230,9 @@ def test_the_reason_is_said(fn, why):
 
 def test_the_reasons_of_parameters_in_one_value_are_their_own():
     params = {"picked": f32(2, 3, 4), "bias": f32(3, 4)}
-    axes = infer_axes(lambda p, i, x: (p["picked"][i] + p["bias"]) * jnp.cumsum(x, 0), params, jnp.int32(1), x)
+    axes = infer_axes(
+        lambda p, i, x: (p["picked"][i] + p["bias"]) * jnp.cumsum(x, 0), params, jnp.int32(1), x
+    )
     assert axes["picked"].why == "dynamic_slice: a lookup table"
     assert axes["bias"].why == "mul: a bias, a scale or a gate"
 
