@@ -158,19 +158,23 @@ def _kernels_entry_by_entry(
     why = f"{name}: a bias, a scale or a gate"
     note(no_weight(views_in(values) if is_kernel else views, name, why, weak=is_kernel))
     if not is_kernel:
-        return _with_pending(Data.of(shape, constant=constant), values)
+        result = Data.of(shape, constant=constant)
+        deferred = frozenset[Use]().union(*map(deferred_in, values))
+        return dataclasses.replace(result, deferred=deferred) if constant else result
     if others and not is_scaled and is_sum:
         views = frozenset(view.added() for view in _with_frozen_kernel(views, shape))
     scaling = frozenset[int]().union(*(value.varies for value in data if kernels_in(value)))
     return Data(scaling | (varies if is_scaled else varies - owned), constant=constant, carried=views)
 
 
-def _with_pending(result: Data, values: Iterable[Value]) -> Data:
-    """With the parameters that were multiplied by constants, as long as nothing but constants is in it."""
+def _still_constant(result: Data, name: str, values: Iterable[Value]) -> Data:
+    """With what was said of products of parameters with constants, as long as nothing else is in it."""
     if not result.constant:
         return result
-    pending = frozenset[View]().union(*map(pending_in, values))
     deferred = frozenset[Use]().union(*map(deferred_in, values))
+    # A kernel that was transformed is scaled or clipped; an activation goes through other functions.
+    keeps = name in (*_LINEAR, "clamp", "round")
+    pending = frozenset[View]().union(*map(pending_in, values)) if keeps else frozenset[View]()
     return dataclasses.replace(result, carried=result.carried | pending, deferred=deferred)
 
 
@@ -194,7 +198,7 @@ def _data_entry_by_entry(name: str, values: list[Value], sizes: list[int], shape
         raw=all(value.raw for value in data),
         constant=all(map(is_constant, values)),
     )
-    return _with_pending(result, values)
+    return _still_constant(result, name, values)
 
 
 def _is_one_hot(name: str, values: list[Value], sizes: list[int], shape: Shape, dim: int) -> bool:
@@ -614,6 +618,9 @@ _ENTRY_BY_ENTRY = (
     *("rsqrt", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh"),
     *("sqrt", "square", "tan", "tanh", "xor", "zeta"),
 )
+
+# What makes an array of nothing, or of a number.
+MAKING_ARRAYS = ("broadcast_in_dim", "random_bits", "rng_bit_generator", "threefry2x32")
 
 _CONTRACTIONS = ("conv_general_dilated", "dot_general", "ragged_dot_general")
 

@@ -66,7 +66,8 @@ class View:
         dims: for each dimension of the value, the pieces in it, from major to minor.
         sliced: axes of which the value holds a part.
         summed: axes that were reduced over: the value is a statistic of the parameter.
-        pending: axes that were contracted with constants.
+        is_multiplied: whether it was multiplied by a matrix of constants.
+        pending: the axes that were contracted with the constants.
         loops: pieces that the loops around the value go through.
         link: the product with another parameter in which this one took part.
         is_tangled: whether it cannot be followed any more: it took part in a product that went through a
@@ -79,6 +80,7 @@ class View:
     dims: tuple[Pieces, ...]
     sliced: Axes = frozenset()
     summed: Axes = frozenset()
+    is_multiplied: bool = False
     pending: Axes = frozenset()
     loops: tuple[Loop, ...] = ()
     link: Link | None = None
@@ -199,7 +201,7 @@ class View:
             self.dims[dim] if dim is not None else mixed if size > 1 else ()
             for dim, size in zip(sources, shape, strict=True)
         )
-        return dataclasses.replace(product, pending=self.pending | gone)
+        return dataclasses.replace(product, is_multiplied=True, pending=self.pending | gone)
 
     def without_groups(self, dim: int, groups: int) -> Self:
         """Without the axes that count the groups of a convolution, which are in front in `dim`.

@@ -20,7 +20,7 @@ from jax import tree_util as jtu
 from jax.extend import core as jex
 
 from ._axes import PyTree, WeightAxes, applicable, is_array_like, left_alone, place, stacklevel_of_the_user
-from ._primitives import deferred_in, no_weight, results, shape_of, unclear_product
+from ._primitives import MAKING_ARRAYS, deferred_in, no_weight, results, shape_of, unclear_product
 from ._provenance import Shape, Use, View, most_complete
 from ._values import (
     Data,
@@ -32,7 +32,6 @@ from ._values import (
     is_key,
     join,
     kernels_in,
-    pending_in,
     resized,
     simplified,
     stacked,
@@ -121,7 +120,8 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
         Weight.of(number, var.aval.shape) if number < len(leaves) else Data.given(var.aval)
         for number, var in zip(numbers, closed.jaxpr.invars, strict=True)
     ]
-    reader = _Reader()
+    has_data = any(isinstance(value, Data) for value in values) or _closes_over_arrays(closed)
+    reader = _Reader(is_without_data=not has_data)
     reader.end(reader.read_jaxpr(closed, values))
     verdicts = _verdicts(leaves, reader)
     _warn_of_unclear_uses(places, verdicts)
@@ -142,12 +142,17 @@ _MOST_ROUNDS = 16
 class _Reader:
     """Goes through a jaxpr equation by equation, and notes how each parameter is used.
 
+    Args:
+        is_without_data: whether there are no arrays but those that the computation makes itself: a batch of
+            ones then takes the place of the data.
+
     Attributes:
         uses: what was noted so far.
         without_gradient: the parameters that are used where no gradient comes back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_without_data: bool) -> None:
+        self._is_without_data = is_without_data
         self.uses: list[Use] = []
         self.without_gradient: set[int] = set()
         self._gradient_comes_back = True
@@ -224,11 +229,13 @@ class _Reader:
             outputs = [functools.reduce(join, each) for each in zip(*read, strict=True)]
         else:
             outputs = results(self.note, eqn, values)
-        return [self._settled(value, var) for value, var in zip(outputs, eqn.outvars, strict=True)]
+        return [self._settled(value, var, name) for value, var in zip(outputs, eqn.outvars, strict=True)]
 
-    def _settled(self, value: Value, var: Any) -> Value:
+    def _settled(self, value: Value, var: Any, name: str) -> Value:
         if is_key(_dtype(var.aval)):
             return Known()
+        if self._is_without_data and isinstance(value, Known) and name in MAKING_ARRAYS and _rank(var):
+            return Data.given(var.aval, constant=True)
         # A mask that a threshold on the weights makes is a constant as far as the gradient can tell.
         if not self._is_differentiable(var.aval):
             return self._as_constant(value, shape_of(var))
@@ -325,8 +332,6 @@ class _Reader:
         why = "it takes the place of the data: a starting value, say"
         for value, after in zip(values, joined, strict=False):
             self.note(no_weight(kernels_in(value) - kernels_in(after), "a loop or a branch", why))
-            lost = pending_in(value) - pending_in(after)
-            self.note(Use(view.leaf, "unclear", "a loop or a branch", why) for view in lost)
 
 
 def _opened(jaxpr: Any) -> Any:
@@ -346,17 +351,29 @@ def _dtype(aval: Any) -> Any:
     return getattr(aval, "dtype", jnp.dtype(bool))
 
 
-def _bodies_with_the_same_arguments(eqn: Any) -> list[Any]:
-    """The jaxprs that an equation holds, if its arguments and results fit all of them.
+def _closes_over_arrays(jaxpr: Any) -> bool:
+    opened = _opened(jaxpr)
+    atoms = [atom for eqn in opened.eqns for atom in eqn.invars if not _is_var(atom)]
+    arrays = (atom for atom in [*opened.constvars, *atoms] if _rank(atom) and not is_key(_dtype(atom.aval)))
+    return any(arrays) or any(_closes_over_arrays(held) for eqn in opened.eqns for held in _held(eqn))
 
-    Any primitive may hold one: jit, remat, custom_jvp_call, custom_vjp_call, shard_map, and those to come.
-    """
-    held = [
+
+def _held(eqn: Any) -> list[Any]:
+    """The jaxprs that an equation holds."""
+    return [
         value
         for given in eqn.params.values()
         for value in (given if isinstance(given, tuple | list) else [given])
         if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)
     ]
+
+
+def _bodies_with_the_same_arguments(eqn: Any) -> list[Any]:
+    """The jaxprs that an equation holds, if its arguments and results fit all of them.
+
+    Any primitive may hold one: jit, remat, custom_jvp_call, custom_vjp_call, shard_map, and those to come.
+    """
+    held = _held(eqn)
     return held if all(_fits(eqn, _opened(jaxpr)) for jaxpr in held) else []
 
 

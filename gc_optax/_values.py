@@ -178,11 +178,11 @@ def join(a: Value, b: Value) -> Value:
                 a.one_hot & b.one_hot,
                 a.raw and b.raw,
                 a.constant and b.constant,
-                a.carried | b.carried if a.carried and b.carried else frozenset(),
+                pending_in(a) | pending_in(b) | _if_both(kernels_in(a), kernels_in(b)),
                 a.deferred | b.deferred,
             )
         case Data(), Weight():
-            carried = a.carried | b.views if kernels_in(a) else frozenset[View]()
+            carried = pending_in(a) | _if_both(kernels_in(a), b.views)
             return dataclasses.replace(a, one_hot=frozenset(), raw=False, carried=carried)
         case Data(), Known():
             return dataclasses.replace(a, one_hot=frozenset(), raw=False)
@@ -192,6 +192,10 @@ def join(a: Value, b: Value) -> Value:
             return a
         case _:
             return join(b, a)
+
+
+def _if_both(a: frozenset[View], b: frozenset[View]) -> frozenset[View]:
+    return a | b if a and b else frozenset()
 
 
 def resized(value: Value, old: Shape, new: Shape) -> Value:
@@ -234,7 +238,7 @@ def kernels_in(value: Value) -> frozenset[View]:
         case Weight():
             return value.views
         case Data():
-            return frozenset(view for view in value.carried if not view.pending)
+            return frozenset(view for view in value.carried if not view.is_multiplied)
         case Known():
             return frozenset()
 

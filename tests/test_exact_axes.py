@@ -343,17 +343,26 @@ def test_haiku(forward, inputs, expected):
 
 # Keras
 
+# With a name, a layer does not count among those that Keras gives numbers to.
 KERAS = [
-    (keras.layers.Dense(5), vectors, {"kernel": (0,)}),
-    (keras.layers.EinsumDense("abc,cde->abde", (None, 2, 5)), sequence, {"kernel": (0,)}),
-    (keras.layers.Conv2D(5, 3), images, {"kernel": (0, 1, 2)}),
-    (keras.layers.Conv2DTranspose(5, 3), images, {"kernel": (0, 1, 3)}),
-    (keras.layers.DepthwiseConv2D(3, depth_multiplier=2), images, {"kernel": (0, 1)}),
-    (keras.layers.SeparableConv2D(5, 3), images, {"depthwise_kernel": (0, 1), "pointwise_kernel": (0, 1, 2)}),
-    (keras.layers.Embedding(11, 8), tokens, {}),
-    (keras.layers.LSTM(6), sequence, {"lstm_cell/kernel": (0,), "lstm_cell/recurrent_kernel": (0,)}),
+    (keras.layers.Dense(5, name="it"), vectors, {"kernel": (0,)}),
+    (keras.layers.EinsumDense("abc,cde->abde", (None, 2, 5), name="it"), sequence, {"kernel": (0,)}),
+    (keras.layers.Conv2D(5, 3, name="it"), images, {"kernel": (0, 1, 2)}),
+    (keras.layers.Conv2DTranspose(5, 3, name="it"), images, {"kernel": (0, 1, 3)}),
+    (keras.layers.DepthwiseConv2D(3, depth_multiplier=2, name="it"), images, {"kernel": (0, 1)}),
     (
-        keras.layers.MultiHeadAttention(2, 4),
+        keras.layers.SeparableConv2D(5, 3, name="it"),
+        images,
+        {"depthwise_kernel": (0, 1), "pointwise_kernel": (0, 1, 2)},
+    ),
+    (keras.layers.Embedding(11, 8, name="it"), tokens, {}),
+    (
+        keras.layers.LSTM(6, name="it"),
+        sequence,
+        {"lstm_cell/kernel": (0,), "lstm_cell/recurrent_kernel": (0,)},
+    ),
+    (
+        keras.layers.MultiHeadAttention(2, 4, name="it"),
         sequence,
         {"query/kernel": (0,), "key/kernel": (0,), "value/kernel": (0,), "attention_output/kernel": (0, 1)},
     ),

@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from jax.extend import core as jex
@@ -840,6 +841,83 @@ def test_what_the_data_scales_masks_or_picks(case):
     check(case)
 
 
+# The batch may come from anywhere.
+
+
+def weight_normed(p, x):
+    def norm(v, g):
+        return v / jnp.linalg.norm(v, axis=0) * g
+
+    return jax.nn.relu(x @ norm(p["v"], p["g"])) @ norm(p["w"], p["h"])
+
+
+def residual(p, x):
+    h, _ = lax.scan(lambda h, _: (h + jnp.tanh(h @ p["a"]) @ p["b"], None), x, length=3)
+    return h @ p["c"]
+
+
+def language_model(p, tokens):
+    h = jnp.tanh((p["e"][tokens] + p["p"]) @ p["w"])
+    return optax.softmax_cross_entropy_with_integer_labels(h @ p["h"], tokens).mean()
+
+
+def merged(p, x):
+    return jax.nn.relu(x @ (MASK + p["a"] @ p["b"]) + p["c"]) @ p["h"]
+
+
+ANYWHERE = {
+    "weight norm": (
+        weight_normed,
+        {"v": dense, "g": f32(6), "w": f32(6, 2), "h": f32(2)},
+        x,
+        {"v": (0,), "g": ALONE, "w": (0,), "h": ALONE},
+    ),
+    "residual blocks in a loop": (
+        residual,
+        {"a": f32(4, 8), "b": f32(8, 4), "c": f32(4, 2)},
+        x,
+        {"a": (0,), "b": (0,), "c": (0,)},
+    ),
+    "a language model": (
+        language_model,
+        {"e": f32(9, 4), "p": f32(5, 4), "w": dense, "h": f32(6, 9)},
+        jnp.zeros((3, 5), int),
+        {"e": ALONE, "p": ALONE, "w": (0,), "h": (0,)},
+    ),
+    "LoRA": (
+        merged,
+        {**FACTORS, "c": f32(6), "h": f32(6, 2)},
+        x,
+        {"a": (0,), "b": (0,), "c": ALONE, "h": (0,)},
+    ),
+    "dropout": (
+        lambda p, x: (x @ p["v"] * jax.random.bernoulli(jax.random.key(0), 0.5, (6,))) @ p["w"],
+        {"v": dense, "w": f32(6, 2)},
+        x,
+        {"v": (0,), "w": (0,)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANYWHERE)
+@pytest.mark.parametrize(
+    "place", ["argument", "closed over", "one, closed over", "made inside", "drawn inside"]
+)
+def test_the_batch_may_come_from_anywhere(name, place):
+    fn, params, batch, expected = ANYWHERE[name]
+    if place == "argument":
+        assert fan_in_of(fn, params, batch) == expected
+        return
+    batch = np.asarray(batch)[:1] if place == "one, closed over" else np.asarray(batch)
+    inside = {
+        "made inside": lambda: jnp.ones(batch.shape, batch.dtype),
+        "drawn inside": lambda: jax.random.uniform(jax.random.key(0), batch.shape).astype(batch.dtype),
+    }
+    make = inside.get(place, lambda: batch)
+    assert fan_in_of(lambda p: fn(p, make()), params) == expected
+    assert fan_in_of(lambda p: fn(p, make()).mean(), params) == expected
+
+
 # What is certain to be no weight of one fan-in, and what is not certain.
 
 DISAGREEING = [
@@ -996,20 +1074,12 @@ UNCLEAR = [
         "only constants are contracted with it",
     ),
     Case(
-        "constants on the other side, clipped",
-        lambda w, x: x @ jnp.clip(w @ np.ones((6, 5), np.float32), -1, 1),
-        dense,
-        (x,),
-        ALONE,
-        "which are the inputs cannot be told",
-    ),
-    Case(
         "constants in one branch",
         lambda w, q, x: lax.cond(q, lambda: MASK @ w, lambda: MASK[:, :4]) @ x.T,
         f32(6, 4),
         (jnp.array(True), x),
         ALONE,
-        "takes the place of the data",
+        "which are the inputs cannot be told",
     ),
     Case(
         "learned queries with computed positions",
