@@ -48,7 +48,8 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
     normalization, the loops over a stack of layers), to the operation in which it meets the data:
 
     - `dot_general`, `conv_general_dilated` and `ragged_dot_general` sum over its fan-in;
-    - a lookup by indices that depend on the data, or a product with a one-hot array, makes it a table;
+    - a lookup by indices that depend on the data, or a product with a one-hot array, makes it a table,
+      unless what is picked is a matrix that is contracted next, that of an expert;
     - an operation entry by entry makes it a bias, a scale or a gate.
 
     Only the first is centralized. A parameter with several uses has the fan-in that all of them say;
@@ -56,13 +57,14 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
     with a warning, where the computation cannot be read with certainty. The `why` of each `WeightAxes`
     says which it was.
 
-    Only what the gradient goes through counts as a use. What depends on random keys alone counts as
-    constant, arrays that `fn` closes over count as data. If `fn` differentiates the model itself (a
-    gradient penalty, an inner loop), give the forward pass of the model instead of the loss: the
-    backward pass contracts each weight over its fan-out.
+    Only what the gradient goes through counts as a use. Arrays that `fn` closes over count as data, and
+    where there are none at all, so do the arrays that it makes itself. A weight that is contracted with
+    data twice in a row, as in \(x^\top W y\), counts by the first contraction. If `fn` differentiates the
+    model itself (a gradient penalty, an inner loop), give the forward pass of the model instead of the
+    loss: the backward pass contracts each weight over its fan-out.
 
     Args:
-        fn: any function of the parameters, a loss or a forward pass. What it returns does not matter.
+        fn: any function of the parameters, a loss or a forward pass, which returns any tree with arrays.
         params: the parameters, a tree of arrays or of `jax.ShapeDtypeStruct`s. Other leaves (the
             functions in an Equinox module) are passed to `fn` as they are.
         *args: further arguments of `fn`: trees of arrays and of `jax.ShapeDtypeStruct`s, which are

@@ -26,7 +26,7 @@ def infer_axes(
     itself stays as it is, whatever `fn` does to it: dropout draws no key, batch norm sees no batch.
 
     Args:
-        fn: a loss or a forward pass, `fn(model, *args, **kwargs)`. What it returns does not matter.
+        fn: a loss or a forward pass, `fn(model, *args, **kwargs)`, which returns any tree with arrays.
         model: the model. Its variables may hold `jax.ShapeDtypeStruct`s, as `nnx.eval_shape` makes them.
         *args: further arguments of `fn`, as for `gc_optax.infer_axes`.
         wrt: which variables are trained, any filter of NNX. The same as for `nnx.grad` and
