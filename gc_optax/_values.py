@@ -222,7 +222,8 @@ def stacked(value: Value, shape: Shape, loop: int) -> Value:
             return Weight(frozenset(view.stacked(loop) for view in value.views))
         case Data():
             carried = [view.stacked(loop) for view in value.carried]
-            return Data.of(shape, constant=value.constant, carried=carried)
+            result = Data.of(shape, constant=value.constant, carried=carried)
+            return dataclasses.replace(result, deferred=value.deferred)
         case Known():
             return Known()
 

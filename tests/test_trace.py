@@ -467,6 +467,13 @@ def unrolled_rnn(p, xs):
 
 
 LOOPS = [
+    Case(
+        "constants contracted in a loop, and returned",
+        lambda w, x: (lax.scan(lambda c, t: (c, jnp.ones((3, 4)) @ w), 0.0, None, length=2)[1], x),
+        dense,
+        (x,),
+        (0,),
+    ),
     Case("an RNN, unrolled", unrolled_rnn, {"w": f32(4, 6), "u": f32(6, 6)}, (x,), {"w": (0,), "u": (0,)}),
     Case("scan over layers", scanned, f32(5, 4, 4), (x,), (1,)),
     Case(
