@@ -82,7 +82,14 @@ def peak_memory() -> int:
 
 def equations(jaxpr: core.Jaxpr) -> int:
     """The number of equations of a jaxpr, with those of the jaxprs inside it."""
-    return sum(1 + sum(equations(inner) for inner in core.jaxprs_in_params(eqn.params)) for eqn in jaxpr.eqns)
+    held = (
+        getattr(value, "jaxpr", value)
+        for eqn in jaxpr.eqns
+        for given in eqn.params.values()
+        for value in (given if isinstance(given, tuple | list) else [given])
+        if isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+    )
+    return len(jaxpr.eqns) + sum(map(equations, held))
 
 
 def measure(layers: int, scanned: bool, repeats: int) -> dict[str, Any]:

@@ -1108,7 +1108,7 @@ UNCLEAR = [
     Case("a solution of equations", solved, square, (x,), ALONE, "what became of it"),
     Case(
         "diagonal matrices",
-        lambda d, x: jnp.einsum("lio,bi->lbo", jax.vmap(jnp.diag)(d), x),
+        lambda d, x: jnp.einsum("lio,bi->lbo", jax.vmap(lambda d: d[:, None] * jnp.eye(4))(d), x),
         f32(2, 4),
         (x,),
         ALONE,
