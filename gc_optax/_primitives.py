@@ -158,23 +158,22 @@ def _kernels_entry_by_entry(
     why = f"{name}: a bias, a scale or a gate"
     note(no_weight(views_in(values) if is_kernel else views, name, why, weak=is_kernel))
     if not is_kernel:
-        result = Data.of(shape, constant=constant)
-        deferred = frozenset[Use]().union(*map(deferred_in, values))
-        return dataclasses.replace(result, deferred=deferred) if constant else result
+        # A parameter of the same extent may be another term of a kernel; a bias is added to an activation.
+        is_of_same_extent = owned == {dim for dim, size in enumerate(shape) if size > 1}
+        keeps = is_of_same_extent and name in _KEEPING_KERNELS
+        return _still_constant(Data.of(shape, constant=constant), values, keeps_pending=keeps)
     if others and not is_scaled and is_sum:
         views = frozenset(view.added() for view in _with_frozen_kernel(views, shape))
     scaling = frozenset[int]().union(*(value.varies for value in data if kernels_in(value)))
     return Data(scaling | (varies if is_scaled else varies - owned), constant=constant, carried=views)
 
 
-def _still_constant(result: Data, name: str, values: Iterable[Value]) -> Data:
+def _still_constant(result: Data, values: Iterable[Value], *, keeps_pending: bool) -> Data:
     """With what was said of products of parameters with constants, as long as nothing else is in it."""
     if not result.constant:
         return result
     deferred = frozenset[Use]().union(*map(deferred_in, values))
-    # A kernel that was transformed is scaled or clipped; an activation goes through other functions.
-    keeps = name in (*_LINEAR, "clamp", "round")
-    pending = frozenset[View]().union(*map(pending_in, values)) if keeps else frozenset[View]()
+    pending = frozenset[View]().union(*map(pending_in, values)) if keeps_pending else frozenset[View]()
     return dataclasses.replace(result, carried=result.carried | pending, deferred=deferred)
 
 
@@ -198,7 +197,7 @@ def _data_entry_by_entry(name: str, values: list[Value], sizes: list[int], shape
         raw=all(value.raw for value in data),
         constant=all(map(is_constant, values)),
     )
-    return _still_constant(result, name, values)
+    return _still_constant(result, values, keeps_pending=name in _KEEPING_KERNELS)
 
 
 def _is_one_hot(name: str, values: list[Value], sizes: list[int], shape: Shape, dim: int) -> bool:
@@ -606,6 +605,8 @@ _UNCHANGED = ("convert_element_type", "copy", "copy_p", "name", "reduce_precisio
 # What multiplies entries by something: a kernel stays a kernel, and a one-hot array has its one entry.
 _SCALING = ("mul", "div", "neg", "select_n", *_UNCHANGED)
 _LINEAR = ("add", "add_any", "sub", *_SCALING)
+# What is done to kernels on their way to the data; other functions are those of activations.
+_KEEPING_KERNELS = (*_LINEAR, "clamp", "max", "min", "round")
 
 _ENTRY_BY_ENTRY = (
     *_LINEAR,

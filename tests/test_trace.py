@@ -1131,6 +1131,22 @@ UNCLEAR = [
         "what became of it",
     ),
     Case(
+        "constants on the other side, clipped",
+        lambda w, x: jnp.clip(MASK.T @ w, -1, 1) @ x.T,
+        f32(4, 4),
+        (x,),
+        ALONE,
+        "which are the inputs cannot be told",
+    ),
+    Case(
+        "constants on the other side, and another kernel",
+        lambda p, x: (MASK.T @ p[0] + p[1]) @ x.T,
+        [f32(4, 4), f32(6, 4)],
+        (x,),
+        [ALONE, ALONE],
+        "which are the inputs cannot be told",
+    ),
+    Case(
         "a convolution of parameters",
         lambda p, x: x * conv(p[0], p[1]).sum(),
         [f32(1, 5, 5, 4), f32(3, 3, 4, 8)],
