@@ -123,7 +123,7 @@ def _entry_by_entry(note: Note, eqn: Any, values: list[Value]) -> Value:
     name, shape = eqn.primitive.name, shape_of(eqn.outvars[0])
     values = [broadcast(value, shape_of(var), shape) for value, var in zip(values, eqn.invars, strict=True)]
     shapes = [shape_of(var) for var in eqn.invars]
-    sizes = [math.prod(shape) for shape in shapes]
+    sizes = [math.prod(own) for own in shapes]
     if _kernels_among(values):
         return _kernels_entry_by_entry(note, name, values, shapes, shape)
     if all(isinstance(value, Known) for value in values):

@@ -260,10 +260,10 @@ def uses_in_contraction(
         view: {dim for dim in _occupied(view) if dim not in contracted and dim not in batch} for view in views
     }
     for view in views:
-        others = {dim for other in views if other.leaf != view.leaf for dim in free[other]}
         if view.leaf < 0:
             continue
-        elif view.is_product or view.summed or others <= free[view]:
+        others = {dim for other in views if other.leaf != view.leaf for dim in free[other]}
+        if view.is_product or view.summed or others <= free[view]:
             yield _use(view, op, entrances.get(view), contracted, batch)
         elif not free[view] or not entrances[view]:
             yield Use(view.leaf, "no weight", op, f"{op}: a bias or a scale of another array")

@@ -411,7 +411,7 @@ def _verdicts(leaves: list[Any], reader: _Reader) -> list[tuple[WeightAxes, bool
     verdicts = []
     for number, leaf in enumerate(leaves):
         axes, is_clear = _agreed(uses[number], number in reader.without_gradient)
-        axes = applicable(axes, leaf) if is_array_like(leaf) else left_alone("no array")
+        axes = applicable(axes, leaf) if _is_traced(leaf) else left_alone("no array")
         verdicts.append((axes, is_clear))
     return verdicts
 

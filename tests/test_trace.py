@@ -271,6 +271,10 @@ def dora(p, x):
     return x @ (p["m"] * w / jnp.linalg.norm(w, axis=0))
 
 
+def dropped_weights(w, key, x):
+    return x @ (w * jax.random.bernoulli(key, 0.5, w.shape))
+
+
 def bayes_by_backprop(p, key, x):
     return x @ (p["mean"] + jnp.exp(p["log_std"]) * jax.random.normal(key, (4, 6)))
 
@@ -301,20 +305,8 @@ WEIGHT_LIKE = [
     Case("a constant mask", lambda w, x: x @ (w * MASK), dense, (x,), (0,)),
     Case("jnp.tril", lambda w, x: x @ jnp.tril(w), dense, (x,), (0,)),
     Case("a mask as an argument", lambda w, m, x: x @ (w * m), dense, (f32(4, 6), x), (0,)),
-    Case(
-        "dropped weights",
-        lambda w, key, x: x @ (w * jax.random.bernoulli(key, 0.5, w.shape)),
-        dense,
-        (jax.random.key(0), x),
-        (0,),
-    ),
-    Case(
-        "dropped weights, raw key",
-        lambda w, key, x: x @ (w * jax.random.bernoulli(key, 0.5, w.shape)),
-        dense,
-        (jax.random.PRNGKey(0), x),
-        (0,),
-    ),
+    Case("dropped weights", dropped_weights, dense, (jax.random.key(0), x), (0,)),
+    Case("dropped weights, raw key", dropped_weights, dense, (jax.random.PRNGKey(0), x), (0,)),
     Case(
         "random weights",
         bayes_by_backprop,
@@ -1287,19 +1279,21 @@ def test_leaves_of_every_kind():
         "none": None,
         "activation": jnp.tanh,
         "rate": 0.5,
+        "scale": np.float32(2),
         "steps": jnp.arange(3),
         "empty": f32(0, 4),
     }
 
     def fn(p, x):
-        return p["activation"](x @ p["w"]) * p["rate"] + p["steps"].sum() + p["empty"].sum()
+        return p["activation"](x @ p["w"]) * p["rate"] * p["scale"] + p["steps"].sum() + p["empty"].sum()
 
     axes = infer_axes(fn, params, x)
     assert axes["w"] == WeightAxes((0,), (1,), "dot_general", "dot_general over axis 0")
     assert axes["none"] is None
-    assert {name: axes[name].why for name in ("activation", "rate", "empty")} == {
+    assert {name: axes[name].why for name in ("activation", "rate", "scale", "empty")} == {
         "activation": "no array",
         "rate": "no array",
+        "scale": "no array",
         "empty": "empty",
     }
     assert axes["steps"].why.startswith("no array of floats")
