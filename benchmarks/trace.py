@@ -17,11 +17,11 @@ import sys
 import time
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from models import Decoder, shapes
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -30,48 +30,6 @@ from rich.table import Table
 from gc_optax import infer_axes
 
 MEGABYTE = 2**20
-
-
-class Block(nn.Module):
-    """A decoder block with pre-normalization: activations (batch, length, embed) to the same."""
-
-    heads: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
-        """Attends, and applies the MLP."""
-        x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x), mask=mask)
-        h = nn.gelu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x)))
-        return x + nn.Dense(x.shape[-1])(h), None
-
-
-class Decoder(nn.Module):
-    """A language model: tokens (batch, length) to logits (batch, length, vocabulary)."""
-
-    layers: int
-    scanned: bool
-    embed: int = 1280
-    heads: int = 20
-    vocabulary: int = 32_000
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Predicts the next token at each position."""
-        x = nn.Embed(self.vocabulary, self.embed)(tokens)
-        mask = nn.make_causal_mask(tokens)
-        if self.scanned:
-            blocks = nn.scan(
-                nn.remat(Block),
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=nn.broadcast,
-                length=self.layers,
-            )
-            x, _ = blocks(self.heads)(x, mask)
-        else:
-            for _ in range(self.layers):
-                x, _ = Block(self.heads)(x, mask)
-        return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
 
 
 def peak_memory() -> int:
@@ -95,9 +53,9 @@ def equations(jaxpr: core.Jaxpr) -> int:
 def measure(layers: int, scanned: bool, repeats: int) -> dict[str, Any]:
     """Measures one model; the first thing that a process does after its imports."""
     before = peak_memory()
-    model = Decoder(layers, scanned)
+    model = Decoder(layers, embed=1280, heads=20, vocabulary=50_257, scanned=scanned)
     tokens = jax.ShapeDtypeStruct((8, 1024), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    params = shapes(model, tokens)
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
         return model.apply(params, tokens).mean()

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 @functools.partial(jax.jit, static_argnames="axes", inline=True)
@@ -32,8 +33,17 @@ def subtract_mean(gradient: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         ECCV 2020, https://arxiv.org/abs/2004.01461, equations 1 and 3.
     """
     wide = gradient.astype(_accumulator(gradient.dtype))
+    mean = jnp.mean(wide, axes, keepdims=True)
+    apart = lax.platform_dependent(mean, cpu=_kept_apart_on_cpu, default=lax.optimization_barrier)
     # Below float32 the difference is rounded once, here, and neither the sum nor the mean is.
-    return (wide - jnp.mean(wide, axes, keepdims=True)).astype(gradient.dtype)
+    return (wide - apart).astype(gradient.dtype)
+
+
+def _kept_apart_on_cpu(mean: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(mean):
+        return mean
+    info = jnp.finfo(mean.dtype)
+    return lax.reduce_precision(mean, info.nexp, info.nmant + 1)
 
 
 def _accumulator(dtype: jnp.dtype) -> jnp.dtype:

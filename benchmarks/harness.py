@@ -1,0 +1,107 @@
+"""What the benchmarks share: measuring in turns, ratios within a round, and where results are written."""
+
+import argparse
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+MEGABYTE = 2**20
+
+
+class Spread(NamedTuple):
+    """The median of some measurements and the quartiles around it."""
+
+    low: float
+    median: float
+    high: float
+
+    def __str__(self) -> str:
+        """For instance `1.04 (0.99-1.10)`."""
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+def spread(values: Any) -> Spread:
+    """The quartiles of some numbers."""
+    return Spread(*np.quantile(values, [0.25, 0.5, 0.75]).tolist())
+
+
+def take_turns(
+    ways: Mapping[str, Callable[[], Any]], rounds: int, least: float = 0.02
+) -> dict[str, list[float]]:
+    """Measures ways to do the same thing, one after the other in every round.
+
+    A machine that others share is slow at times. Whatever it does hits all ways of a round alike, so the
+    ratios within a round can be compared, and the times cannot. Another way begins in every round, so that
+    none always finds the caches as the same other one has left them.
+
+    Args:
+        ways: functions that start some work and return arrays that are ready when it is done.
+        rounds: how many measurements of each.
+        least: seconds that one measurement takes at least; short work is repeated.
+
+    Returns:
+        For each way the seconds of one call, in every round.
+    """
+
+    def seconds(way: Callable[[], Any], repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            result = way()
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / repeats
+
+    shortest = min(seconds(way, 1) for _ in range(2) for way in ways.values())
+    repeats = max(1, round(least / shortest))
+    names = list(ways)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(seconds(ways[name], repeats))
+    return times
+
+
+def copy_bandwidth(repeats: int = 15) -> float:
+    """Bytes that are read and written in a second while an array that no cache holds is overwritten."""
+    add_one = jax.jit(lambda array: array + 1, donate_argnums=0)  # no time goes to fresh pages
+    array = add_one(jnp.zeros(2**26))
+    seconds = []
+    for _ in range(repeats):
+        jax.block_until_ready(array)
+        start = time.perf_counter()
+        array = jax.block_until_ready(add_one(array))
+        seconds.append(time.perf_counter() - start)
+    return 2 * array.nbytes / statistics.median(seconds)
+
+
+def machine() -> str:
+    """What the figures were measured on, in one line."""
+    device = jax.devices()[0]
+    name = f"{os.cpu_count()}-core CPU" if device.platform == "cpu" else device.device_kind
+    versions = f"Python {platform.python_version()}, jax {jax.__version__}, optax {optax.__version__}"
+    return f"{name}, {versions}"
+
+
+def writable(given: str) -> pathlib.Path:
+    """The path of a file to write, for argparse; a mistake shows before the work and not after it."""
+    path = pathlib.Path(given)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.absolute().parent}")
+    return path
+
+
+def positive(given: str) -> int:
+    """An integer that is at least 1, for argparse."""
+    number = int(given)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number

@@ -1,0 +1,409 @@
+"""What gradient centralization adds to the update step of an optimizer.
+
+The step (the optimizer and `optax.apply_updates`, compiled, parameters and state donated) runs on the real
+parameter trees of five models and on eight single tensors, in four ways: without centralization, with
+`gc_optax.centralize`, with `optax.centralize`, and with `g - g.mean(axes)` over the right axes. They take
+turns in one process; what is printed are medians over the rounds of the ratio to the plain step within the
+round, with their quartiles. The plain step takes part twice, and "plain again" shows how far noise goes.
+
+The floor is what counting bytes gives: every gradient, state and parameter is read once and every state and
+parameter written once, and centralization reads once more the gradients that it centralizes.
+
+`--peers` adds PyTorch (the rule in the authors' code before `torch.optim.AdamW`, foreach and fused) and Keras
+(all axes but the last, before `keras.optimizers.AdamW`), each as a ratio to its own plain step.
+
+    python benchmarks/overhead.py [--optimizers NAME ...] [--cases NAME ...] [--rounds N] [--dtype NAME]
+                                  [--peers NAME ...] [--json PATH] [--plot PATH]
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from harness import (
+    MEGABYTE,
+    Spread,
+    copy_bandwidth,
+    machine,
+    positive,
+    spread,
+    take_turns,
+    writable,
+)
+from models import LSTM, Decoder, ResNet, VisionTransformer, shapes
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import gc_optax
+from gc_optax import WeightAxes
+
+TOKENS = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+IMAGES = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+MODELS: dict[str, tuple[nn.Module, jax.ShapeDtypeStruct]] = {
+    "ResNet-50": (ResNet((3, 4, 6, 3), bottleneck=True), IMAGES),
+    "ViT-B/16": (VisionTransformer(layers=12, embed=768, heads=12, patch=16, classes=1000), IMAGES),
+    "GPT-2 124M": (Decoder(layers=12, embed=768, heads=12, vocabulary=50_257), TOKENS),
+    "GPT-2 124M, scanned": (Decoder(12, 768, 12, 50_257, scanned=True), TOKENS),
+    "LSTM, 2 x 1500": (LSTM(layers=2, hidden=1500, vocabulary=10_000), TOKENS),
+}
+TENSORS = {
+    (4096, 1024): (0,),
+    (1024, 4096): (0,),
+    (4096, 4096): (0,),
+    (256, 8192): (0,),
+    (3, 3, 512, 512): (0, 1, 2),
+    (50000, 256): (0,),
+    (768, 12, 64): (0,),
+    (12, 768, 3072): (1,),
+}
+OPTIMIZERS = {
+    "adamw": optax.adamw(1e-3),
+    "sgd": optax.sgd(1e-3, momentum=0.9),
+    "lion": optax.lion(1e-4),
+}
+PLAIN, AGAIN, CENTRALIZED = "plain", "plain again", "centralized"
+
+
+class Case(NamedTuple):
+    """Parameters as shapes and dtypes, and their axes."""
+
+    params: Any
+    axes: Any
+
+
+def naive(axes: Any) -> optax.GradientTransformation:
+    """The centralization that one writes by hand."""
+
+    def subtract(gradient: jax.Array, weight: WeightAxes) -> jax.Array:
+        return gradient - gradient.mean(weight.fan_in, keepdims=True) if weight.fan_in else gradient
+
+    return optax.stateless(lambda updates, _: jax.tree.map(subtract, updates, axes))
+
+
+WAYS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    PLAIN: lambda _: optax.identity(),
+    "gc_optax": gc_optax.centralize,
+    "optax.centralize": lambda _: optax.centralize(),
+    "naive": naive,
+}
+
+
+def cases(dtype: jnp.dtype) -> dict[str, Case]:
+    """Every case by its name."""
+
+    def case(params: Any, axes: Any) -> Case:
+        return Case(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params), axes)
+
+    made = {}
+    for name, (model, inputs) in MODELS.items():
+        variables = shapes(model, inputs)
+        params, others = variables.pop("params"), variables
+
+        def forward(params: Any, others: Any, inputs: jax.Array, model: nn.Module = model) -> jax.Array:
+            return model.apply({"params": params} | others, inputs)
+
+        made[name] = case(params, gc_optax.infer_axes(forward, params, others, inputs))
+    for shape, fan_in in TENSORS.items():
+        fan_out = tuple(axis for axis in range(len(shape)) if axis > fan_in[-1])
+        weight = WeightAxes(fan_in, fan_out, "given", "given")
+        made[str(shape)] = case({"w": jax.ShapeDtypeStruct(shape, dtype)}, {"w": weight})
+    return made
+
+
+def size(tree: Any) -> int:
+    """The bytes of all arrays in a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def measure(case: Case, optimizer: optax.GradientTransformation, rounds: int) -> dict[str, Any]:
+    """Times and temporary memory of every way, and the bytes that the step has to move."""
+
+    def compiled(way: Callable[[Any], optax.GradientTransformation]) -> Any:
+        centralization = way(case.axes)
+
+        def step(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
+            gradients, _ = centralization.update(gradients, centralization.init(params), params)
+            updates, state = optimizer.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.eval_shape(optimizer.init, case.params)
+        return jax.jit(step, donate_argnums=(1, 2)).lower(case.params, state, case.params).compile()
+
+    programs = {name: compiled(way) for name, way in WAYS.items()}
+    leaves, structure = jax.tree.flatten(case.params)
+    random = np.random.default_rng(0)
+
+    def normal() -> Any:
+        drawn = [jnp.asarray(random.standard_normal(leaf.shape, np.float32), leaf.dtype) for leaf in leaves]
+        return jax.tree.unflatten(structure, drawn)
+
+    gradients, params = normal(), normal()
+    state = jax.jit(optimizer.init)(params)
+    weights = jax.tree.leaves(case.axes)
+    centralized = [leaf for leaf, weight in zip(leaves, weights, strict=True) if weight.fan_in]
+    streams = size(gradients) + 2 * size(params) + 2 * size(state)
+
+    def runner(program: Any) -> Callable[[], Any]:
+        def run() -> Any:
+            nonlocal params, state
+            params, state = program(gradients, state, params)
+            return params
+
+        return run
+
+    runners = {name: runner(program) for name, program in programs.items()}
+    times = take_turns(runners | {AGAIN: runners[PLAIN]}, rounds)
+    temporary = {name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()}
+    return {
+        "parameters": sum(leaf.size for leaf in leaves),
+        "leaves": len(leaves),
+        "bytes": streams,
+        "floor": (streams + size(centralized)) / streams,
+        "seconds": times,
+        "temporary_bytes": temporary,
+    }
+
+
+def authors_rule(gradients: list[Any]) -> None:
+    """The centralization of the authors' code, in place on PyTorch's gradients."""
+    for gradient in gradients:
+        if gradient.dim() > 1:
+            gradient.add_(-gradient.mean(dim=tuple(range(1, gradient.dim())), keepdim=True))
+
+
+def pytorch(case: Case, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Times PyTorch's AdamW with and without the authors' rule, on the same weights in PyTorch's layout."""
+    import torch
+
+    def layout(leaf: jax.ShapeDtypeStruct, weight: WeightAxes) -> list[tuple[int, ...]]:
+        if not weight.fan_in:
+            return [leaf.shape]
+        sizes = [math.prod(leaf.shape[axis] for axis in axes) for axes in (weight.fan_out, weight.fan_in)]
+        return [tuple(sizes)] * (leaf.size // math.prod(sizes))
+
+    pairs = zip(jax.tree.leaves(case.params), jax.tree.leaves(case.axes), strict=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, str(jax.tree.leaves(case.params)[0].dtype))
+    params = [
+        torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+        for leaf, weight in pairs
+        for shape in layout(leaf, weight)
+    ]
+    gradients = [torch.randn_like(param) for param in params]
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = gradient
+
+    def runner(optimizer: Any, centralize: bool) -> Callable[[], Any]:
+        def run() -> None:
+            if centralize:
+                authors_rule(gradients)
+            optimizer.step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    times = {}
+    for kind in ("foreach", "fused"):
+        optimizer = torch.optim.AdamW(params, lr=1e-3, **{kind: True})
+        ways = {way: runner(optimizer, way == CENTRALIZED) for way in (PLAIN, CENTRALIZED)}
+        times[f"PyTorch {torch.__version__}, {kind}"] = take_turns(ways, rounds)
+    return times
+
+
+def keras(case: Case, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Times Keras's AdamW on JAX with and without a mean over all axes but the last."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+
+    leaves = jax.tree.leaves(case.params)
+    random = np.random.default_rng(0)
+    gradients = [jnp.asarray(random.standard_normal(leaf.shape, np.float32), leaf.dtype) for leaf in leaves]
+    optimizer = keras.optimizers.AdamW(1e-3)
+    variables = [keras.Variable(gradient, dtype=str(gradient.dtype)) for gradient in gradients]
+    optimizer.build(variables)
+    params = [variable.value for variable in variables]
+    state = [variable.value for variable in optimizer.variables]
+
+    def all_but_last(gradient: jax.Array) -> jax.Array:
+        if gradient.ndim < 2:
+            return gradient
+        return gradient - gradient.mean(tuple(range(gradient.ndim - 1)), keepdims=True)
+
+    def compiled(centralize: bool) -> Any:
+        def step(gradients: Any, state: Any, params: Any) -> Any:
+            if centralize:
+                gradients = [all_but_last(gradient) for gradient in gradients]
+            return optimizer.stateless_apply(state, gradients, params)
+
+        return jax.jit(step, donate_argnums=(1, 2)).lower(gradients, state, params).compile()
+
+    def runner(program: Any) -> Callable[[], Any]:
+        def run() -> Any:
+            nonlocal params, state
+            params, state = program(gradients, state, params)
+            return params
+
+        return run
+
+    ways = {way: runner(compiled(way == CENTRALIZED)) for way in (PLAIN, CENTRALIZED)}
+    return {f"Keras {keras.__version__}, jax": take_turns(ways, rounds)}
+
+
+PEERS = {"torch": pytorch, "keras": keras}
+
+
+def ratio(run: dict[str, Any], way: str) -> Spread:
+    """How many times as long as the plain step, round by round."""
+    return spread(np.divide(run["seconds"][way], run["seconds"][PLAIN]))
+
+
+def report(runs: list[dict[str, Any]], bandwidth: float, console: Console) -> None:
+    """Prints the ratios under one optimizer, and the temporary memory above the plain step's."""
+    optimizer = runs[0]["optimizer"]
+    others = [way for way in WAYS if way != PLAIN]
+    times = Table(
+        title=f"{optimizer}: time of the update, as a ratio to the plain step",
+        caption="median (quartiles) of the ratios within a round; share: of the bandwidth of a copy",
+        box=box.SIMPLE_HEAD,
+    )
+    memory = Table(title=f"{optimizer}: temporary memory above the plain step's, MB", box=box.SIMPLE_HEAD)
+    for table, headings in (
+        (times, ["parameters", "plain", "share", "floor", *others, AGAIN]),
+        (memory, ["plain step", *others]),
+    ):
+        table.add_column("case", no_wrap=True)
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=True)
+    for run in runs:
+        seconds = float(np.median(run["seconds"][PLAIN]))
+        times.add_row(
+            run["case"],
+            f"{run['parameters'] / 1e6:.1f} M",
+            f"{seconds * 1e3:.1f} ms",
+            f"{run['bytes'] / seconds / bandwidth:.0%}",
+            f"{run['floor']:.2f}",
+            *(str(ratio(run, way)) for way in (*others, AGAIN)),
+        )
+        temporary = {way: value / MEGABYTE for way, value in run["temporary_bytes"].items()}
+        memory.add_row(
+            run["case"],
+            f"{temporary[PLAIN]:.1f}",
+            *(f"{temporary[way] - temporary[PLAIN]:+.1f}" for way in others),
+        )
+    console.print(times, memory)
+    for kind, names in (("model tree", MODELS), ("single tensor", map(str, TENSORS))):
+        chosen = [run for run in runs if run["case"] in set(names)]
+        if chosen:
+            worst = max(chosen, key=lambda run: ratio(run, "gc_optax").median)
+            console.print(
+                f"{optimizer}: the largest ratio of gc_optax on a {kind} is "
+                f"{ratio(worst, 'gc_optax').median:.2f}, on {worst['case']}"
+            )
+
+
+def report_peers(runs: list[dict[str, Any]], console: Console) -> None:
+    """Prints what the centralization of other frameworks adds to their own AdamW."""
+    table = Table(
+        title="other frameworks: time of the update, as a ratio to their own plain step",
+        caption="median (quartiles) of the ratios within a round",
+        box=box.SIMPLE_HEAD,
+    )
+    for heading in ("case", "peer", "plain", "with centralization"):
+        table.add_column(heading, justify="left" if heading in ("case", "peer") else "right", no_wrap=True)
+    for run in runs:
+        plain, centralized = (np.array(run["seconds"][way]) for way in (PLAIN, CENTRALIZED))
+        table.add_row(
+            run["case"], run["peer"], f"{np.median(plain) * 1e3:.1f} ms", str(spread(centralized / plain))
+        )
+    console.print(table)
+
+
+def plot(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Draws the ratio of every way in every case, with its quartiles and the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    optimizers = list(dict.fromkeys(run["optimizer"] for run in runs))
+    names = list(dict.fromkeys(run["case"] for run in runs))
+    rows = np.arange(len(names))[::-1]
+    figure, panels = pyplot.subplots(
+        1,
+        len(optimizers),
+        figsize=(2 + 3.6 * len(optimizers), 1.5 + 0.42 * len(names)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for panel, optimizer in zip(panels[0], optimizers, strict=True):
+        chosen = [run for run in runs if run["optimizer"] == optimizer]
+        for index, way in enumerate(way for way in WAYS if way != PLAIN):
+            spreads = [ratio(run, way) for run in chosen]
+            medians = [spread.median for spread in spreads]
+            errors = [
+                [spread.median - spread.low for spread in spreads],
+                [spread.high - spread.median for spread in spreads],
+            ]
+            heights = rows + 0.22 * (1 - index)
+            panel.errorbar(medians, heights, xerr=errors, fmt="osD"[index], markersize=4, label=way)
+        panel.plot(
+            [run["floor"] for run in chosen], rows, "|", color="black", markersize=18, label="floor: bytes"
+        )
+        panel.axvline(1, color="grey", linewidth=0.8)
+        panel.set(title=optimizer, xlabel="time of the update / plain step", yticks=rows, yticklabels=names)
+        panel.grid(axis="x", alpha=0.3)
+    panels[0][0].legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Measures every case under every optimizer, and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    known = [*MODELS, *map(str, TENSORS)]
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=[*OPTIMIZERS], metavar="NAME")
+    parser.add_argument("--cases", nargs="+", choices=known, default=known, metavar="NAME")
+    parser.add_argument("--rounds", type=positive, default=21, help="measurements of each (default: 21)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="other frameworks, under AdamW")
+    parser.add_argument("--json", type=writable, help="also write every measurement to this file")
+    parser.add_argument("--plot", type=writable, help="also draw a picture into this file")
+    arguments = parser.parse_args()
+
+    console = Console()
+    bandwidth = copy_bandwidth()
+    console.print(f"{machine()}; a copy moves {bandwidth / 1e9:.1f} GB/s; {arguments.dtype}")
+    known_cases = cases(jnp.dtype(arguments.dtype))
+    runs, peers = [], []
+    for optimizer in arguments.optimizers:
+        for name in track(arguments.cases, description=optimizer, transient=True, console=console):
+            run = measure(known_cases[name], OPTIMIZERS[optimizer], arguments.rounds)
+            runs.append({"optimizer": optimizer, "case": name} | run)
+        report([run for run in runs if run["optimizer"] == optimizer], bandwidth, console)
+    for peer in arguments.peers:
+        for name in track(arguments.cases, description=peer, transient=True, console=console):
+            measured = PEERS[peer](known_cases[name], arguments.rounds)
+            peers += [{"case": name, "peer": kind, "seconds": times} for kind, times in measured.items()]
+    if peers:
+        report_peers(peers, console)
+    if arguments.json:
+        written = {"machine": machine(), "copy_bandwidth": bandwidth, "runs": runs, "peers": peers}
+        arguments.json.write_text(json.dumps(written, indent=1))
+    if arguments.plot:
+        plot(runs, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
