@@ -40,8 +40,8 @@ def take_turns(
     """Measures ways to do the same thing, one after the other in every round.
 
     A machine that others share is slow at times. Whatever it does hits all ways of a round alike, so the
-    ratios within a round can be compared, and the times cannot. Another way begins in every round, so that
-    none always finds the caches as the same other one has left them.
+    ratios within a round can be compared, and the times cannot. The order is another in every round: the
+    first one after a way that needs much memory, for instance, finds less of the heap in place.
 
     Args:
         ways: functions that start some work and return arrays that are ready when it is done.
@@ -61,11 +61,10 @@ def take_turns(
 
     shortest = min(seconds(way, 1) for _ in range(2) for way in ways.values())
     repeats = max(1, round(least / shortest))
-    names = list(ways)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    random = np.random.default_rng(0)
+    for _ in range(rounds):
+        for name in random.permutation(list(ways)):
             times[name].append(seconds(ways[name], repeats))
     return times
 

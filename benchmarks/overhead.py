@@ -231,7 +231,9 @@ def keras(case: Case, rounds: int) -> dict[str, dict[str, list[float]]]:
     random = np.random.default_rng(0)
     gradients = [jnp.asarray(random.standard_normal(leaf.shape, np.float32), leaf.dtype) for leaf in leaves]
     optimizer = keras.optimizers.AdamW(1e-3)
-    variables = [keras.Variable(gradient, dtype=str(gradient.dtype)) for gradient in gradients]
+    variables = [
+        keras.Variable(jnp.zeros_like(gradient), dtype=str(gradient.dtype)) for gradient in gradients
+    ]
     optimizer.build(variables)
     params = [variable.value for variable in variables]
     state = [variable.value for variable in optimizer.variables]
@@ -375,7 +377,7 @@ def main() -> None:
     known = [*MODELS, *map(str, TENSORS)]
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=[*OPTIMIZERS], metavar="NAME")
     parser.add_argument("--cases", nargs="+", choices=known, default=known, metavar="NAME")
-    parser.add_argument("--rounds", type=positive, default=21, help="measurements of each (default: 21)")
+    parser.add_argument("--rounds", type=positive, default=15, help="measurements of each (default: 15)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="other frameworks, under AdamW")
     parser.add_argument("--json", type=writable, help="also write every measurement to this file")

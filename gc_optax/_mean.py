@@ -33,17 +33,27 @@ def subtract_mean(gradient: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         ECCV 2020, https://arxiv.org/abs/2004.01461, equations 1 and 3.
     """
     wide = gradient.astype(_accumulator(gradient.dtype))
-    mean = jnp.mean(wide, axes, keepdims=True)
-    apart = lax.platform_dependent(mean, cpu=_kept_apart_on_cpu, default=lax.optimization_barrier)
+    mean = _apart(jnp.mean(wide, axes, keepdims=True))
     # Below float32 the difference is rounded once, here, and neither the sum nor the mean is.
-    return (wide - apart).astype(gradient.dtype)
+    return (wide - mean).astype(gradient.dtype)
 
 
-def _kept_apart_on_cpu(mean: jax.Array) -> jax.Array:
+def _apart(mean: jax.Array) -> jax.Array:
+    # A reduction runs at the speed of memory in every shape, and is more accurate than a product with ones.
+    # What costs is that XLA likes to compute sum and difference in one piece: on CPU (YNNPACK) where there
+    # are some thousands of means, on GPU (Triton, as if for a softmax) where the inputs are the last axis.
+    # That piece writes a centralized copy of the gradient, which is read again. Kept apart from the sum, the
+    # difference fuses into the optimizer, which reads the gradient anyway.
+    apart: jax.Array = lax.platform_dependent(mean, cpu=_apart_on_cpu, default=lax.optimization_barrier)
+    return apart
+
+
+def _apart_on_cpu(mean: jax.Array) -> jax.Array:
+    # Here XLA drops barriers before it fuses. A rounding to more bits than there are changes no number and
+    # becomes no instruction, but it is no operation of YNNPACK's. Complex numbers are none of its types.
     if jnp.iscomplexobj(mean):
         return mean
-    info = jnp.finfo(mean.dtype)
-    return lax.reduce_precision(mean, info.nexp, info.nmant + 1)
+    return lax.reduce_precision(mean, exponent_bits=11, mantissa_bits=53)
 
 
 def _accumulator(dtype: jnp.dtype) -> jnp.dtype:

@@ -145,3 +145,59 @@ def test_what_is_not_finite_stays_in_its_own_weight_vector(bad):
     other[2, 4] = False
     np.testing.assert_array_equal(np.asarray(spoiled)[:, other], np.asarray(clean)[:, other])
     assert not np.isfinite(spoiled[3, 2, 4])
+
+
+ADVERSARIAL = {
+    "normal": lambda noise: noise,
+    "positive": abs,
+    "a large common offset": lambda noise: 1e4 + noise,
+    "nearly constant": lambda noise: 0.1 + 1e-3 * noise,
+    "alternating signs": lambda noise: (
+        noise + 1e3 * (-1) ** np.arange(len(noise)).reshape(-1, *[1] * (noise.ndim - 1))
+    ),
+    "from 1e-30 to 1e30": lambda noise: np.sign(noise) * 10 ** np.clip(10 * noise, -30, 30),
+}
+
+
+@pytest.mark.parametrize("make", ADVERSARIAL.values(), ids=ADVERSARIAL)
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((4096, 64), (0,)),
+        ((64, 4096), (0,)),
+        ((50000, 16), (0,)),
+        ((64, 4096), (1,)),
+        ((4096, 64), (1,)),
+        ((3, 3, 64, 128), (0, 1, 2)),
+        ((3, 3, 64, 128), (0, 1, 3)),
+        ((4, 768, 100), (1,)),
+        ((12, 64, 96), (0, 1)),
+        ((33, 17), (0,)),
+    ],
+)
+def test_is_as_accurate_as_a_mean_of_jax(make, shape, axes):
+    gradient = make(np.random.default_rng(0).normal(size=shape)).astype(np.float32)
+    wide = gradient.astype(np.float64)
+    exact = wide - wide.mean(axes, keepdims=True)
+
+    def error(centralize):
+        return np.max(abs(np.float64(jax.jit(centralize)(gradient)) - exact))
+
+    by_hand = error(lambda g: g - jnp.mean(g, axes, keepdims=True))
+    assert error(lambda g: subtract_mean(g, axes)) <= by_hand
+    assert by_hand <= len(wide) * EPS32 * np.max(abs(wide)), "the oracle and JAX must agree"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 2)])
+def test_is_its_own_transpose(axes, dtype):
+    gradient = array(0, (5, 7, 3), dtype)
+    (transposed,) = jax.linear_transpose(lambda g: subtract_mean(g, axes), gradient)(gradient)
+    assert_close(transposed, subtract_mean(gradient, axes), 2 * rounding(gradient, axes, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_maps_over_a_batch(dtype):
+    gradients = array(0, (5, 7, 3), dtype)
+    batched = jax.vmap(lambda gradient: subtract_mean(gradient, (0,)))(gradients)
+    assert_close(batched, subtract_mean(gradients, (1,)), rounding(gradients, (1,), dtype))
