@@ -9,13 +9,13 @@ what is left of its gradient is zero.
 
 import argparse
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from harness import positive, writable
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import make_friedman1
@@ -68,16 +68,12 @@ def train(optimizer: optax.GradientTransformation, seed: int, steps: int) -> dic
 def main() -> None:
     """Runs every optimizer with every seed and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=500, help="full-batch steps (default: 500)")
-    parser.add_argument("--seeds", type=int, default=5, help="initializations (default: 5)")
-    parser.add_argument("--json", type=pathlib.Path, help="also write every run to this file")
+    parser.add_argument("--steps", type=positive, default=500, help="full-batch steps (default: 500)")
+    parser.add_argument("--seeds", type=positive, default=5, help="initializations (default: 5)")
+    parser.add_argument("--json", type=writable, help="also write every run to this file")
     arguments = parser.parse_args()
-    if arguments.steps < 1:
-        parser.error(f"argument --steps: must be at least 1, got {arguments.steps}")
     if arguments.seeds < 2:
         parser.error(f"argument --seeds: a spread needs at least 2, got {arguments.seeds}")
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        parser.error(f"argument --json: there is no folder {arguments.json.absolute().parent}")
 
     runs = {
         name: [train(optimizer, seed, arguments.steps) for seed in range(arguments.seeds)]

@@ -17,6 +17,7 @@ parameter written once, and centralization reads once more the gradients that it
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -99,26 +100,24 @@ WAYS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
 }
 
 
-def cases(dtype: jnp.dtype) -> dict[str, Case]:
-    """Every case by its name."""
+def model_case(name: str, dtype: jnp.dtype) -> Case:
+    """The parameters of a model, and the axes that `infer_axes` reads off its forward pass."""
+    model, inputs = MODELS[name]
+    variables = shapes(model, inputs)
+    params, others = variables.pop("params"), variables
 
-    def case(params: Any, axes: Any) -> Case:
-        return Case(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params), axes)
+    def forward(params: Any, others: Any, inputs: jax.Array) -> jax.Array:
+        return model.apply({"params": params} | others, inputs)
 
-    made = {}
-    for name, (model, inputs) in MODELS.items():
-        variables = shapes(model, inputs)
-        params, others = variables.pop("params"), variables
+    axes = gc_optax.infer_axes(forward, params, others, inputs)
+    return Case(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params), axes)
 
-        def forward(params: Any, others: Any, inputs: jax.Array, model: nn.Module = model) -> jax.Array:
-            return model.apply({"params": params} | others, inputs)
 
-        made[name] = case(params, gc_optax.infer_axes(forward, params, others, inputs))
-    for shape, fan_in in TENSORS.items():
-        fan_out = tuple(axis for axis in range(len(shape)) if axis > fan_in[-1])
-        weight = WeightAxes(fan_in, fan_out, "given", "given")
-        made[str(shape)] = case({"w": jax.ShapeDtypeStruct(shape, dtype)}, {"w": weight})
-    return made
+def tensor_case(shape: tuple[int, ...], fan_in: tuple[int, ...], dtype: jnp.dtype) -> Case:
+    """A single tensor; its outputs are the axes behind the inputs or, where there are none, before them."""
+    fan_out = tuple(range(fan_in[-1] + 1, len(shape))) or tuple(range(fan_in[0]))
+    weight = WeightAxes(fan_in, fan_out, "given", "given")
+    return Case({"w": jax.ShapeDtypeStruct(shape, dtype)}, {"w": weight})
 
 
 def size(tree: Any) -> int:
@@ -126,21 +125,31 @@ def size(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def compile_update(
+    case: Case,
+    optimizer: optax.GradientTransformation,
+    way: Callable[[Any], optax.GradientTransformation],
+    device: jax.Device | None = None,
+) -> jax.stages.Compiled:
+    """The program of (gradients, state, parameters) for the default device or for another, there or not."""
+    centralization = way(case.axes)
+
+    def step(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        gradients, _ = centralization.update(gradients, centralization.init(params), params)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
+    params, state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        (case.params, jax.eval_shape(optimizer.init, case.params)),
+    )
+    return jax.jit(step, donate_argnums=(1, 2)).lower(params, state, params).compile()
+
+
 def measure(case: Case, optimizer: optax.GradientTransformation, rounds: int) -> dict[str, Any]:
     """Times and temporary memory of every way, and the bytes that the step has to move."""
-
-    def compiled(way: Callable[[Any], optax.GradientTransformation]) -> Any:
-        centralization = way(case.axes)
-
-        def step(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
-            gradients, _ = centralization.update(gradients, centralization.init(params), params)
-            updates, state = optimizer.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state
-
-        state = jax.eval_shape(optimizer.init, case.params)
-        return jax.jit(step, donate_argnums=(1, 2)).lower(case.params, state, case.params).compile()
-
-    programs = {name: compiled(way) for name, way in WAYS.items()}
+    programs = {name: compile_update(case, optimizer, way) for name, way in WAYS.items()}
     leaves, structure = jax.tree.flatten(case.params)
     random = np.random.default_rng(0)
 
@@ -277,7 +286,7 @@ def report(runs: list[dict[str, Any]], bandwidth: float, console: Console) -> No
     others = [way for way in WAYS if way != PLAIN]
     times = Table(
         title=f"{optimizer}: time of the update, as a ratio to the plain step",
-        caption="median (quartiles) of the ratios within a round; share: of the bandwidth of a copy",
+        caption="median (quartiles) of the ratios within a round; share: of a copy's bandwidth, gc_optax",
         box=box.SIMPLE_HEAD,
     )
     memory = Table(title=f"{optimizer}: temporary memory above the plain step's, MB", box=box.SIMPLE_HEAD)
@@ -289,12 +298,12 @@ def report(runs: list[dict[str, Any]], bandwidth: float, console: Console) -> No
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
-        seconds = float(np.median(run["seconds"][PLAIN]))
+        plain, centralized = (float(np.median(run["seconds"][way])) for way in (PLAIN, "gc_optax"))
         times.add_row(
             run["case"],
             f"{run['parameters'] / 1e6:.1f} M",
-            f"{seconds * 1e3:.1f} ms",
-            f"{run['bytes'] / seconds / bandwidth:.0%}",
+            f"{plain * 1e3:.1f} ms",
+            f"{run['floor'] * run['bytes'] / centralized / bandwidth:.0%}",
             f"{run['floor']:.2f}",
             *(str(ratio(run, way)) for way in (*others, AGAIN)),
         )
@@ -383,20 +392,25 @@ def main() -> None:
     parser.add_argument("--json", type=writable, help="also write every measurement to this file")
     parser.add_argument("--plot", type=writable, help="also draw a picture into this file")
     arguments = parser.parse_args()
+    for peer in arguments.peers:
+        if importlib.util.find_spec(peer) is None:
+            parser.error(f"argument --peers: there is no {peer} here; pip install '.[peers]'")
 
     console = Console()
     bandwidth = copy_bandwidth()
     console.print(f"{machine()}; a copy moves {bandwidth / 1e9:.1f} GB/s; {arguments.dtype}")
-    known_cases = cases(jnp.dtype(arguments.dtype))
+    dtype = jnp.dtype(arguments.dtype)
+    tensors = {str(shape): tensor_case(shape, fan_in, dtype) for shape, fan_in in TENSORS.items()}
+    cases = {name: tensors.get(name) or model_case(name, dtype) for name in arguments.cases}
     runs, peers = [], []
     for optimizer in arguments.optimizers:
-        for name in track(arguments.cases, description=optimizer, transient=True, console=console):
-            run = measure(known_cases[name], OPTIMIZERS[optimizer], arguments.rounds)
+        for name, case in track(cases.items(), description=optimizer, transient=True, console=console):
+            run = measure(case, OPTIMIZERS[optimizer], arguments.rounds)
             runs.append({"optimizer": optimizer, "case": name} | run)
         report([run for run in runs if run["optimizer"] == optimizer], bandwidth, console)
     for peer in arguments.peers:
-        for name in track(arguments.cases, description=peer, transient=True, console=console):
-            measured = PEERS[peer](known_cases[name], arguments.rounds)
+        for name, case in track(cases.items(), description=peer, transient=True, console=console):
+            measured = PEERS[peer](case, arguments.rounds)
             peers += [{"case": name, "peer": kind, "seconds": times} for kind, times in measured.items()]
     if peers:
         report_peers(peers, console)

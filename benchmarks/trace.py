@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from harness import MEGABYTE, positive, writable
 from jax.extend import core
 from models import Decoder, shapes
 from rich import box
@@ -28,8 +29,6 @@ from rich.progress import track
 from rich.table import Table
 
 from gc_optax import infer_axes
-
-MEGABYTE = 2**20
 
 
 def peak_memory() -> int:
@@ -138,17 +137,13 @@ def plot(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
 def main() -> None:
     """Measures every model and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, nargs="+", default=[6, 12, 24, 48], help="default: 6 12 24 48")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each (default: 3)")
-    parser.add_argument("--json", type=pathlib.Path, help="also write every measurement to this file")
-    parser.add_argument("--plot", type=pathlib.Path, help="also draw a picture into this file")
+    parser.add_argument(
+        "--layers", type=positive, nargs="+", default=[6, 12, 24, 48], help="default: 6 12 24 48"
+    )
+    parser.add_argument("--repeats", type=positive, default=3, help="measurements of each (default: 3)")
+    parser.add_argument("--json", type=writable, help="also write every measurement to this file")
+    parser.add_argument("--plot", type=writable, help="also draw a picture into this file")
     arguments = parser.parse_args()
-    if min(*arguments.layers, arguments.repeats) < 1:
-        parser.error("arguments --layers and --repeats: must be at least 1")
-    for name in ("json", "plot"):
-        path = getattr(arguments, name)
-        if path and not path.absolute().parent.is_dir():
-            parser.error(f"argument --{name}: there is no folder {path.absolute().parent}")
 
     models = [(layers, False) for layers in arguments.layers] + [(max(arguments.layers), True)]
     spawn = multiprocessing.get_context("spawn")
