@@ -131,10 +131,16 @@ def compile_update(
     way: Callable[[Any], optax.GradientTransformation],
     device: jax.Device | None = None,
 ) -> jax.stages.Compiled:
-    """The program of (gradients, state, parameters) for the default device or for another, there or not."""
+    """The program from (parameters, state, gradients) to (parameters, state).
+
+    Results come in the order of the arguments that are donated to them: JAX gives each result the first
+    donated buffer of its size that is left, and where that is another one's, XLA copies.
+
+    The program is for the default device or for another, which need not be there.
+    """
     centralization = way(case.axes)
 
-    def step(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
         gradients, _ = centralization.update(gradients, centralization.init(params), params)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
@@ -144,7 +150,7 @@ def compile_update(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         (case.params, jax.eval_shape(optimizer.init, case.params)),
     )
-    return jax.jit(step, donate_argnums=(1, 2)).lower(params, state, params).compile()
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
 
 
 def measure(case: Case, optimizer: optax.GradientTransformation, rounds: int) -> dict[str, Any]:
@@ -166,7 +172,7 @@ def measure(case: Case, optimizer: optax.GradientTransformation, rounds: int) ->
     def runner(program: Any) -> Callable[[], Any]:
         def run() -> Any:
             nonlocal params, state
-            params, state = program(gradients, state, params)
+            params, state = program(params, state, gradients)
             return params
 
         return run
@@ -253,17 +259,17 @@ def keras(case: Case, rounds: int) -> dict[str, dict[str, list[float]]]:
         return gradient - gradient.mean(tuple(range(gradient.ndim - 1)), keepdims=True)
 
     def compiled(centralize: bool) -> Any:
-        def step(gradients: Any, state: Any, params: Any) -> Any:
+        def step(params: Any, state: Any, gradients: Any) -> Any:
             if centralize:
                 gradients = [all_but_last(gradient) for gradient in gradients]
             return optimizer.stateless_apply(state, gradients, params)
 
-        return jax.jit(step, donate_argnums=(1, 2)).lower(gradients, state, params).compile()
+        return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, gradients).compile()
 
     def runner(program: Any) -> Callable[[], Any]:
         def run() -> Any:
             nonlocal params, state
-            params, state = program(gradients, state, params)
+            params, state = program(params, state, gradients)
             return params
 
         return run

@@ -28,6 +28,10 @@ def centralize(axes: Axes = None, *, mask: Mask = None) -> optax.GradientTransfo
     float32 and the difference rounded once. Under `jit`, sharded gradients give what unsharded ones
     give; inside `shard_map` the mean is that of the local shard.
 
+    Compiled together with an optimizer, it reads each gradient once more than the optimizer does. The
+    subtraction becomes a part of the optimizer's own loops: no centralized copy is written, but for
+    half precision on CPU.
+
     Args:
         axes: which axes are the inputs of a weight vector. A tree with the structure of the
             parameters, or a function from the parameters to such a tree. A leaf is a `WeightAxes`, an
