@@ -35,7 +35,10 @@ def spread(values: Any) -> Spread:
 
 
 def take_turns(
-    ways: Mapping[str, Callable[[], Any]], rounds: int, least: float = 0.02
+    ways: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    least: float = 0.02,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
 ) -> dict[str, list[float]]:
     """Measures ways to do the same thing, one after the other in every round.
 
@@ -44,9 +47,10 @@ def take_turns(
     first one after a way that needs much memory, for instance, finds less of the heap in place.
 
     Args:
-        ways: functions that start some work and return arrays that are ready when it is done.
+        ways: functions that start some work.
         rounds: how many measurements of each.
         least: seconds that one measurement takes at least; short work is repeated.
+        wait: returns when the work is done of which it gets the result.
 
     Returns:
         For each way the seconds of one call, in every round.
@@ -56,7 +60,7 @@ def take_turns(
         start = time.perf_counter()
         for _ in range(repeats):
             result = way()
-        jax.block_until_ready(result)
+        wait(result)
         return (time.perf_counter() - start) / repeats
 
     shortest = min(seconds(way, 1) for _ in range(2) for way in ways.values())
@@ -69,17 +73,17 @@ def take_turns(
     return times
 
 
-def copy_bandwidth(repeats: int = 15) -> float:
+def copy_bandwidth(rounds: int = 15) -> float:
     """Bytes that are read and written in a second while an array that no cache holds is overwritten."""
     add_one = jax.jit(lambda array: array + 1, donate_argnums=0)  # no time goes to fresh pages
-    array = add_one(jnp.zeros(2**26))
-    seconds = []
-    for _ in range(repeats):
-        jax.block_until_ready(array)
-        start = time.perf_counter()
-        array = jax.block_until_ready(add_one(array))
-        seconds.append(time.perf_counter() - start)
-    return 2 * array.nbytes / statistics.median(seconds)
+    array = jnp.zeros(2**26)
+
+    def overwrite() -> jax.Array:
+        nonlocal array
+        array = add_one(array)
+        return array
+
+    return 2 * array.nbytes / statistics.median(take_turns({"copy": overwrite}, rounds)["copy"])
 
 
 def machine() -> str:

@@ -224,16 +224,18 @@ def pytorch(case: Case, rounds: int) -> dict[str, dict[str, list[float]]]:
             if centralize:
                 authors_rule(gradients)
             optimizer.step()
-            if device == "cuda":
-                torch.cuda.synchronize()
 
         return run
+
+    def wait(_: None) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     times = {}
     for kind in ("foreach", "fused"):
         optimizer = torch.optim.AdamW(params, lr=1e-3, **{kind: True})
         ways = {way: runner(optimizer, way == CENTRALIZED) for way in (PLAIN, CENTRALIZED)}
-        times[f"PyTorch {torch.__version__}, {kind}"] = take_turns(ways, rounds)
+        times[f"PyTorch {torch.__version__}, {kind}"] = take_turns(ways, rounds, wait=wait)
     return times
 
 
@@ -347,7 +349,7 @@ def report_peers(runs: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def plot(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
+def plot(runs: list[dict[str, Any]], dtype: str, path: pathlib.Path) -> None:
     """Draws the ratio of every way in every case, with its quartiles and the floor."""
     import matplotlib
 
@@ -380,7 +382,12 @@ def plot(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
             [run["floor"] for run in chosen], rows, "|", color="black", markersize=18, label="floor: bytes"
         )
         panel.axvline(1, color="grey", linewidth=0.8)
-        panel.set(title=optimizer, xlabel="time of the update / plain step", yticks=rows, yticklabels=names)
+        panel.set(
+            title=f"{optimizer}, {dtype}",
+            xlabel="time of the update / plain step",
+            yticks=rows,
+            yticklabels=names,
+        )
         panel.grid(axis="x", alpha=0.3)
     panels[0][0].legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=150)
@@ -409,22 +416,22 @@ def main() -> None:
     tensors = {str(shape): tensor_case(shape, fan_in, dtype) for shape, fan_in in TENSORS.items()}
     cases = {name: tensors.get(name) or model_case(name, dtype) for name in arguments.cases}
     runs, peers = [], []
-    for optimizer in arguments.optimizers:
+    for optimizer in dict.fromkeys(arguments.optimizers):
         for name, case in track(cases.items(), description=optimizer, transient=True, console=console):
             run = measure(case, OPTIMIZERS[optimizer], arguments.rounds)
             runs.append({"optimizer": optimizer, "case": name} | run)
         report([run for run in runs if run["optimizer"] == optimizer], bandwidth, console)
-    for peer in arguments.peers:
+    for peer in dict.fromkeys(arguments.peers):
         for name, case in track(cases.items(), description=peer, transient=True, console=console):
-            measured = PEERS[peer](case, arguments.rounds)
-            peers += [{"case": name, "peer": kind, "seconds": times} for kind, times in measured.items()]
+            found = PEERS[peer](case, arguments.rounds)
+            peers += [{"case": name, "peer": kind, "seconds": times} for kind, times in found.items()]
     if peers:
         report_peers(peers, console)
     if arguments.json:
-        written = {"machine": machine(), "copy_bandwidth": bandwidth, "runs": runs, "peers": peers}
-        arguments.json.write_text(json.dumps(written, indent=1))
+        measured = {"dtype": arguments.dtype, "copy_bandwidth": bandwidth, "runs": runs, "peers": peers}
+        arguments.json.write_text(json.dumps({"machine": machine()} | measured, indent=1))
     if arguments.plot:
-        plot(runs, arguments.plot)
+        plot(runs, arguments.dtype, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def training_step(
     model: nn.Module, variables: Any, batch: tuple[jax.Array, jax.Array]
 ) -> dict[str, Callable[[], Any]]:
     """A whole step in every way: functions that take it, all from the parameters that the last one left."""
-    params, others = variables.pop("params"), variables
+    params, others = variables["params"], {name: variables[name] for name in variables if name != "params"}
     state = OPTIMIZERS[PLAIN].init(params)
 
     def loss(params: Any, others: Any) -> tuple[jax.Array, Any]:

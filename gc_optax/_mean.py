@@ -1,7 +1,6 @@
 """Subtracting a mean: the only arithmetic there is."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -34,66 +33,26 @@ def subtract_mean(gradient: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         ECCV 2020, https://arxiv.org/abs/2004.01461, equations 1 and 3.
     """
     wide = gradient.astype(_accumulator(gradient.dtype))
-    mean = lax.platform_dependent(
-        wide, cpu=functools.partial(_mean_on_cpu, axes=axes), default=functools.partial(_mean, axes=axes)
-    )
+    mean = _apart(jnp.mean(wide, axes, keepdims=True))
     # Below float32 the difference is rounded once, here, and neither the sum nor the mean is.
-    difference: jax.Array = (wide - mean).astype(gradient.dtype)
-    return difference
+    return (wide - mean).astype(gradient.dtype)
 
 
-def _mean(wide: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    # Left to itself, XLA computes sum and difference in one piece where it has such a piece: on GPU (Triton, as
-    # if for a softmax) where the inputs are the last axes. It ends in a centralized copy of the gradient, written
-    # and read again. Kept apart, the difference fuses into the optimizer, which reads the gradient anyway.
-    mean: jax.Array = lax.optimization_barrier(jnp.mean(wide, axes, keepdims=True))  # type: ignore[no-untyped-call]
-    return mean
+def _apart(mean: jax.Array) -> jax.Array:
+    # XLA likes to compute sum and difference in one piece: on CPU (YNNPACK) where there are thousands of
+    # means, on GPU (Triton, as if for a softmax) where the inputs are the last axes. That piece writes a
+    # centralized copy of the gradient, which is read again. Kept apart from the sum, the difference fuses
+    # into the optimizer, which reads the gradient anyway. (Below float32, XLA copies on CPU all the same.)
+    apart: jax.Array = lax.platform_dependent(mean, cpu=_apart_on_cpu, default=lax.optimization_barrier)
+    return apart
 
 
-def _mean_on_cpu(wide: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    blocks = _blocks(wide.shape, axes)
-    if blocks:
-        # Threads take blocks. Of a sum in one level they take columns, and jump from row to row. A product with
-        # ones is as fast as this, but adds one after the other: its error is up to a hundred times as large.
-        partial = _apart(jnp.sum(wide.reshape(blocks), 2))
-        total = jnp.sum(partial.reshape(blocks[0], -1, math.prod(wide.shape[axes[-1] + 1 :])), 1)
-    else:
-        total = jnp.sum(wide, axes)
-    kept = [1 if axis in axes else size for axis, size in enumerate(wide.shape)]
-    return _apart((total / math.prod(wide.shape[axis] for axis in axes)).reshape(kept))
-
-
-def _apart(array: jax.Array) -> jax.Array:
-    # On CPU it is YNNPACK that takes sum and difference in one piece, where there are some thousands of means;
-    # and XLA drops barriers before it fuses. A rounding to more bits than there are changes no number and
+def _apart_on_cpu(mean: jax.Array) -> jax.Array:
+    # Here XLA drops barriers before it fuses. A rounding to more bits than there are changes no number and
     # becomes no instruction, but YNNPACK has no such operation. It has no complex numbers either.
-    if jnp.iscomplexobj(array):
-        return array
-    return lax.reduce_precision(array, exponent_bits=11, mantissa_bits=53)
-
-
-def _blocks(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int, int, int] | None:
-    """The shape (batch, blocks, rows, columns) of a large gradient whose rows are summed block by block.
-
-    `None` where that does not help: a small gradient is in the cache, and inputs that are the last axes are
-    one contiguous row. And where it cannot be: inputs that are not next to each other, or without divisors.
-    """
-    inputs = math.prod(shape[axis] for axis in axes)
-    outputs = math.prod(shape[axes[-1] + 1 :])
-    adjacent = axes == tuple(range(axes[0], axes[-1] + 1))
-    # With more devices than one the gradient may be sharded, and a reshape would gather it.
-    if math.prod(shape) < 2**22 or outputs == 1 or not adjacent or jax.device_count() > 1:
-        return None
-    # Short rows are laid side by side, as they are in memory.
-    beside = _largest_divisor(inputs, 2048 // outputs)
-    rows = _largest_divisor(inputs // beside, 256)
-    if rows < 64:
-        return None  # the sums of the blocks would be too many
-    return math.prod(shape[: axes[0]]), inputs // (beside * rows), rows, beside * outputs
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return next((divisor for divisor in range(limit, 1, -1) if number % divisor == 0), 1)
+    if jnp.iscomplexobj(mean):
+        return mean
+    return lax.reduce_precision(mean, exponent_bits=11, mantissa_bits=53)
 
 
 def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
