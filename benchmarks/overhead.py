@@ -389,7 +389,9 @@ def plot(runs: list[dict[str, Any]], dtype: str, path: pathlib.Path) -> None:
             yticklabels=names,
         )
         panel.grid(axis="x", alpha=0.3)
-    panels[0][0].legend(frameon=False, loc="lower right")
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
+    )
     figure.savefig(path, dpi=150)
 
 
