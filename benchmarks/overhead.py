@@ -129,14 +129,11 @@ def compile_update(
     case: Case,
     optimizer: optax.GradientTransformation,
     way: Callable[[Any], optax.GradientTransformation],
-    device: jax.Device | None = None,
 ) -> jax.stages.Compiled:
     """The program from (parameters, state, gradients) to (parameters, state).
 
     Results come in the order of the arguments that are donated to them: JAX gives each result the first
     donated buffer of its size that is left, and where that is another one's, XLA copies.
-
-    The program is for the default device or for another, which need not be there.
     """
     centralization = way(case.axes)
 
@@ -145,12 +142,8 @@ def compile_update(
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
-    params, state = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        (case.params, jax.eval_shape(optimizer.init, case.params)),
-    )
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    state = jax.eval_shape(optimizer.init, case.params)
+    return jax.jit(step, donate_argnums=(0, 1)).lower(case.params, state, case.params).compile()
 
 
 def measure(case: Case, optimizer: optax.GradientTransformation, rounds: int) -> dict[str, Any]:

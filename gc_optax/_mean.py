@@ -40,9 +40,10 @@ def subtract_mean(gradient: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 def _apart(mean: jax.Array) -> jax.Array:
     # XLA likes to compute sum and difference in one piece: on CPU (YNNPACK) where there are thousands of
-    # means, on GPU (Triton, as if for a softmax) where the inputs are the last axes. That piece writes a
-    # centralized copy of the gradient, which is read again. Kept apart from the sum, the difference fuses
-    # into the optimizer, which reads the gradient anyway. (Below float32, XLA copies on CPU all the same.)
+    # means, on GPU (Triton, as if for a softmax) where the inputs are the last axes. On CPU that piece writes
+    # a centralized copy of the gradient, on GPU it breaks the optimizer's one loop into several. Kept apart
+    # from the sum, the difference fuses into the optimizer, which reads the gradient anyway. (Below float32,
+    # XLA copies on CPU all the same.)
     apart: jax.Array = lax.platform_dependent(mean, cpu=_apart_on_cpu, default=lax.optimization_barrier)
     return apart
 
