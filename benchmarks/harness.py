@@ -43,8 +43,8 @@ def take_turns(
     """Measures ways to do the same thing, one after the other in every round.
 
     A machine that others share is slow at times. Whatever it does hits all ways of a round alike, so the
-    ratios within a round can be compared, and the times cannot. The order is another in every round: the
-    first one after a way that needs much memory, for instance, finds less of the heap in place.
+    ratios within a round can be compared, and the times cannot. The order changes from round to round, so
+    that no way always finds the caches and the heap as the same other one has left them.
 
     Args:
         ways: functions that start some work.

@@ -146,6 +146,22 @@ def compile_update(
     return jax.jit(step, donate_argnums=(0, 1)).lower(case.params, state, case.params).compile()
 
 
+def stepping(
+    programs: dict[str, jax.stages.Compiled], params: Any, state: Any, gradients: Any
+) -> dict[str, Callable[[], Any]]:
+    """A function for each program that takes a step, all from where the last step of any of them ended."""
+
+    def runner(program: jax.stages.Compiled) -> Callable[[], Any]:
+        def run() -> Any:
+            nonlocal params, state
+            params, state = program(params, state, gradients)
+            return params
+
+        return run
+
+    return {name: runner(program) for name, program in programs.items()}
+
+
 def measure(case: Case, optimizer: optax.GradientTransformation, rounds: int) -> dict[str, Any]:
     """Times and temporary memory of every way, and the bytes that the step has to move."""
     programs = {name: compile_update(case, optimizer, way) for name, way in WAYS.items()}
@@ -162,16 +178,7 @@ def measure(case: Case, optimizer: optax.GradientTransformation, rounds: int) ->
     centralized = [leaf for leaf, weight in zip(leaves, weights, strict=True) if weight.fan_in]
     streams = size(gradients) + 2 * size(params) + 2 * size(state)
 
-    def runner(program: Any) -> Callable[[], Any]:
-        def run() -> Any:
-            nonlocal params, state
-            params, state = program(params, state, gradients)
-            return params
-
-        return run
-
-    runners = {name: runner(program) for name, program in programs.items()}
-    times = take_turns(runners | {AGAIN: runners[PLAIN]}, rounds)
+    times = take_turns(stepping(programs | {AGAIN: programs[PLAIN]}, params, state, gradients), rounds)
     temporary = {name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()}
     return {
         "parameters": sum(leaf.size for leaf in leaves),
@@ -261,15 +268,8 @@ def keras(case: Case, rounds: int) -> dict[str, dict[str, list[float]]]:
 
         return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, gradients).compile()
 
-    def runner(program: Any) -> Callable[[], Any]:
-        def run() -> Any:
-            nonlocal params, state
-            params, state = program(params, state, gradients)
-            return params
-
-        return run
-
-    ways = {way: runner(compiled(way == CENTRALIZED)) for way in (PLAIN, CENTRALIZED)}
+    programs = {way: compiled(way == CENTRALIZED) for way in (PLAIN, CENTRALIZED)}
+    ways = stepping(programs, params, state, gradients)
     return {f"Keras {keras.__version__}, jax": take_turns(ways, rounds)}
 
 

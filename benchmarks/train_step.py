@@ -37,7 +37,7 @@ sys.path.append(str(pathlib.Path(__file__).absolute().parent.parent / "examples"
 from quickstart import CNN
 
 PLAIN, AGAIN = "plain", "plain again"
-# By convention, as in Flax: the models here have no kernel that the convention cannot settle.
+# By convention: on these models it differs from `infer_axes` in one leaf, the table of positions.
 OPTIMIZERS = {
     PLAIN: optax.adamw(1e-3),
     "gc_optax": gc_optax.centralized(optax.adamw(1e-3), gc_optax.centralize(gc_optax.out_last)),
