@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-@functools.partial(jax.jit, static_argnames="axes", inline=True)
+@functools.partial(jax.jit, static_argnames="axes")
 def subtract_mean(gradient: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     r"""Subtracts from every weight vector of a gradient its mean over the vector's inputs.
 
