@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rich.console import Console
 
 MEGABYTE = 2**20
 
@@ -92,6 +93,12 @@ def machine() -> str:
     name = f"{os.cpu_count()}-core CPU" if device.platform == "cpu" else device.device_kind
     versions = f"Python {platform.python_version()}, jax {jax.__version__}, optax {optax.__version__}"
     return f"{name}, {versions}"
+
+
+def wide_console() -> Console:
+    """Where a report goes: a terminal as it is, and a pipe or a file wide enough for every column."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
 
 
 def writable(given: str) -> pathlib.Path:

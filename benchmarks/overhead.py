@@ -38,6 +38,7 @@ from harness import (
     positive,
     spread,
     take_turns,
+    wide_console,
     writable,
 )
 from models import LSTM, Decoder, ResNet, VisionTransformer, shapes
@@ -404,7 +405,7 @@ def main() -> None:
         if importlib.util.find_spec(peer) is None:
             parser.error(f"argument --peers: there is no {peer} here; pip install '.[peers]'")
 
-    console = Console()
+    console = wide_console()
     bandwidth = copy_bandwidth()
     console.print(f"{machine()}; a copy moves {bandwidth / 1e9:.1f} GB/s; {arguments.dtype}")
     dtype = jnp.dtype(arguments.dtype)

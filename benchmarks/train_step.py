@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import machine, positive, spread, take_turns, writable
+from harness import machine, positive, spread, take_turns, wide_console, writable
 from models import Decoder, ResNet
 from rich import box
 from rich.console import Console
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--json", type=writable, help="also write every measurement to this file")
     arguments = parser.parse_args()
 
-    console = Console()
+    console = wide_console()
     console.print(machine())
     steps, compilations = {}, {}
     for name, (model, batch) in track(
