@@ -6,6 +6,7 @@ import shutil
 import tempfile
 
 import hypothesis
+import jax
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
@@ -13,6 +14,9 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["KERAS_HOME"] = tempfile.mkdtemp(prefix="keras-")
 atexit.register(shutil.rmtree, os.environ["KERAS_HOME"])
+
+# Enough devices for a mesh. What is not about devices runs on the first of them.
+jax.config.update("jax_num_cpu_devices", 8)
 
 # Compiling takes most of an example's time, so its duration says nothing; the same examples on every
 # machine make a failure one that anybody can repeat.

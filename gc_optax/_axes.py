@@ -227,11 +227,11 @@ def settle(params: PyTree, axes: Axes, mask: Mask) -> list[WeightAxes]:
     The leaves come in the order of `jax.tree.leaves(params, is_leaf=is_absent)`: where a parameter is
     absent there is an entry too, whatever `axes` and `mask` have in its place.
     """
-    axes_tree = out_last(params) if axes is None else _resolve(axes, params)
+    axes_tree = out_last(params) if axes is None else resolve(axes, params)
     given = match("axes", axes_tree, params, prefix=False)
     if mask is None:
         return [_settle_leaf(*leaf, keep=True) for leaf in given]
-    kept = match("mask", _resolve(mask, params), params, prefix=True)
+    kept = match("mask", resolve(mask, params), params, prefix=True)
     return [_settle_leaf(*leaf, keep) for leaf, (_, _, keep) in zip(given, kept, strict=True)]
 
 
@@ -447,7 +447,8 @@ def _is_function(given: Any) -> bool:
     return callable(given) and jtu.all_leaves([given])
 
 
-def _resolve(given: Any, params: PyTree) -> PyTree:
+def resolve(given: Any, params: PyTree) -> PyTree:
+    """The tree that a user gave, or that the function of the parameters makes which was given."""
     return given(params) if _is_function(given) else given
 
 

@@ -7,11 +7,14 @@ import optax
 
 from ._axes import Axes, Mask, PyTree, WeightAxes, is_absent, settle, warn_of_unsettled_kernels
 from ._mean import subtract_mean
+from ._mesh import PartitionSpecs, Split, mesh_axes, require_shard_map, settle_splits, unsplit
 
 Where = Literal["gradients", "updates"]
 
 
-def centralize(axes: Axes = None, *, mask: Mask = None) -> optax.GradientTransformation:
+def centralize(
+    axes: Axes = None, *, mask: Mask = None, partition_specs: PartitionSpecs = None
+) -> optax.GradientTransformation:
     r"""Subtracts from the gradient of every weight vector its mean over the vector's inputs.
 
     For a weight vector \(w\) with \(n\) inputs and the gradient \(g = \nabla_w L\),
@@ -26,7 +29,7 @@ def centralize(axes: Axes = None, *, mask: Mask = None) -> optax.GradientTransfo
     Integer, bool, `float0` and empty leaves, leaves with a fan-in below 2, `None` and
     `optax.MaskedNode` pass through as they are. Below float32, the mean is taken and subtracted in
     float32 and the difference rounded once. Under `jit`, sharded gradients give what unsharded ones
-    give; inside `shard_map` the mean is that of the local shard.
+    give; inside `shard_map` they do with `partition_specs`, and without them the mean is that of the shard.
 
     Compiled together with an optimizer, it reads each gradient once more than the optimizer does. The
     subtraction becomes a part of the optimizer's own loops: no centralized copy is written, but for
@@ -44,6 +47,12 @@ def centralize(axes: Axes = None, *, mask: Mask = None) -> optax.GradientTransfo
         mask: optax's mask: a tree of bools with the structure of the parameters or of a prefix of
             it, or a function from the parameters to such a tree. A leaf is centralized where it is
             true. By default it is true everywhere.
+        partition_specs: for gradients inside `jax.shard_map`, where each is one shard: how they are
+            split. A tree of `jax.sharding.PartitionSpec` with the structure of the parameters or of a prefix
+            of it, as in the `in_specs` of `shard_map`, or a function from the parameters to such a tree. The
+            mean of a weight vector is then taken across the mesh axes that split its inputs, in one
+            all-reduce of the means; `axes` and `mask` are about the whole parameters. Under `jit` there is
+            nothing to say, and `update` does not take it.
 
     Returns:
         An `optax.GradientTransformation`. Its `init` returns `optax.EmptyState()`, and checks `axes`
@@ -53,7 +62,10 @@ def centralize(axes: Axes = None, *, mask: Mask = None) -> optax.GradientTransfo
     Raises:
         ValueError: from `init` and `update`, if `axes` or `mask` does not have the structure of the
             parameters, or if an axis is repeated or out of range. The message names the parameter.
-        TypeError: likewise, if a leaf of `axes` or `mask` is of none of the types above.
+            Likewise, if a spec of `partition_specs` has more entries than the parameter has axes, or
+            names a mesh axis that is not manual there. From `update`, if `partition_specs` is given
+            and no mesh axis is manual.
+        TypeError: likewise, if a leaf of `axes`, `mask` or `partition_specs` is of none of the types above.
 
     Example:
         >>> import gc_optax
@@ -79,34 +91,39 @@ def centralize(axes: Axes = None, *, mask: Mask = None) -> optax.GradientTransfo
     def init(params: optax.Params) -> optax.OptState:
         # optax.tree_map_params calls `init` with a placeholder that has no leaves: nothing to check.
         if jax.tree.leaves(params):
-            settled = settle(params, axes, mask)
+            whole = unsplit(params, settle_splits(params, partition_specs))
+            settled = settle(whole, axes, mask)
             if axes is None:
-                warn_of_unsettled_kernels(params, settled)
+                warn_of_unsettled_kernels(whole, settled)
         return optax.EmptyState()
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        return _project(updates, settle(updates, axes, mask)), state
+        splits = _splits_of_shards(updates, partition_specs)
+        return _project(updates, settle(unsplit(updates, splits), axes, mask), splits), state
 
     return optax.GradientTransformation(init, update)
 
 
-def centralize_gradients(gradients: PyTree, axes: Axes = None, *, mask: Mask = None) -> PyTree:
+def centralize_gradients(
+    gradients: PyTree, axes: Axes = None, *, mask: Mask = None, partition_specs: PartitionSpecs = None
+) -> PyTree:
     """`centralize` as a pure function of the gradients, for a training loop without optax.
 
     Args:
         gradients: a tree of arrays.
         axes: as for `centralize`; the tree of axes has the structure of `gradients`.
         mask: as for `centralize`.
+        partition_specs: as for `centralize`.
 
     Returns:
         The centralized gradients, with the same structure, shapes and dtypes.
 
     Raises:
-        ValueError: as the `init` of `centralize`.
-        TypeError: as the `init` of `centralize`.
+        ValueError: as `centralize`.
+        TypeError: as `centralize`.
 
     Example:
         >>> import gc_optax
@@ -118,10 +135,12 @@ def centralize_gradients(gradients: PyTree, axes: Axes = None, *, mask: Mask = N
     References:
         Yong et al., ECCV 2020, https://arxiv.org/abs/2004.01461
     """
-    settled = settle(gradients, axes, mask)
+    splits = _splits_of_shards(gradients, partition_specs)
+    whole = unsplit(gradients, splits)
+    settled = settle(whole, axes, mask)
     if axes is None:
-        warn_of_unsettled_kernels(gradients, settled)
-    return _project(gradients, settled)
+        warn_of_unsettled_kernels(whole, settled)
+    return _project(gradients, settled, splits)
 
 
 def centralized(
@@ -197,11 +216,17 @@ def centralized(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _project(updates: PyTree, settled: list[WeightAxes]) -> PyTree:
+def _splits_of_shards(updates: PyTree, partition_specs: PartitionSpecs) -> list[Split]:
+    if partition_specs is not None:
+        require_shard_map()
+    return settle_splits(updates, partition_specs)
+
+
+def _project(updates: PyTree, settled: list[WeightAxes], splits: list[Split]) -> PyTree:
     leaves, structure = jax.tree.flatten(updates, is_leaf=is_absent)
     projected = [
-        subtract_mean(leaf, weight.fan_in) if weight.fan_in else leaf
-        for leaf, weight in zip(leaves, settled, strict=True)
+        subtract_mean(leaf, weight.fan_in, mesh_axes(split, weight.fan_in)) if weight.fan_in else leaf
+        for leaf, weight, split in zip(leaves, settled, splits, strict=True)
     ]
     return jax.tree.unflatten(structure, projected)
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 
-@functools.partial(jax.jit, static_argnames="axes")
-def subtract_mean(gradient: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("axes", "mesh_axes"))
+def subtract_mean(gradient: jax.Array, axes: tuple[int, ...], mesh_axes: tuple[str, ...] = ()) -> jax.Array:
     r"""Subtracts from every weight vector of a gradient its mean over the vector's inputs.
 
     With \(n\) the number of inputs and \(e = \mathbf 1 / \sqrt n\), every weight vector \(g\) of the
@@ -24,6 +24,8 @@ def subtract_mean(gradient: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     Args:
         gradient: an array of any shape and of a real or complex floating-point dtype.
         axes: the fan-in axes, not negative.
+        mesh_axes: the axes of a mesh that split the fan-in axes, inside `shard_map`. All shards have the
+            same size, so the mean is the mean of their means.
 
     Returns:
         An array of the same shape and dtype.
@@ -33,7 +35,8 @@ def subtract_mean(gradient: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         ECCV 2020, https://arxiv.org/abs/2004.01461, equations 1 and 3.
     """
     wide = gradient.astype(_accumulator(gradient.dtype))
-    mean = _apart(jnp.mean(wide, axes, keepdims=True))
+    mean = jnp.mean(wide, axes, keepdims=True)
+    mean = _apart(lax.pmean(mean, mesh_axes) if mesh_axes else mean)
     # Below float32 the difference is rounded once, here, and neither the sum nor the mean is.
     return (wide - mean).astype(gradient.dtype)
 

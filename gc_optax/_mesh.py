@@ -1,0 +1,96 @@
+"""Which mesh axes split a parameter, where a program is written for one shard of it.
+
+Under `jit` an array is whole, however it is sharded, and XLA takes its mean across the shards. Inside
+`jax.shard_map` an array is one shard, and of what, only the user's `PartitionSpec`s say.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from ._axes import Path, PyTree, describe, is_absent, is_array_like, match, place, resolve
+
+PartitionSpecs = PyTree | Callable[[PyTree], PyTree] | None
+
+# For the leading dimensions of an array, the mesh axes that split each. Further dimensions are not split.
+Split = tuple[tuple[str, ...], ...]
+
+
+def settle_splits(params: PyTree, partition_specs: PartitionSpecs) -> list[Split]:
+    """How each leaf of `params` is split, in the order of `jax.tree.leaves(params, is_leaf=is_absent)`.
+
+    Outside of `shard_map`, where `init` usually gets the whole parameters, there is no mesh that the names
+    in the specs could be checked against.
+    """
+    if partition_specs is None:
+        return [()] * len(jax.tree.leaves(params, is_leaf=is_absent))
+    specs = match("partition_specs", resolve(partition_specs, params), params, prefix=True)
+    return [() if is_absent(leaf) else _split(path, leaf, spec) for path, leaf, spec in specs]
+
+
+def require_shard_map() -> None:
+    """Raises an error outside of `shard_map`, where an array is no shard of anything."""
+    if not _manual_axes():
+        raise ValueError(
+            "partition_specs are for gradients inside jax.shard_map, each of them a shard, and here no mesh "
+            "axis is manual. Under jit the mean of a sharded gradient is that of the whole: leave them out"
+        )
+
+
+def unsplit(params: PyTree, splits: list[Split]) -> PyTree:
+    """`params` with the shapes that they have outside of `shard_map`: those are what `axes` is about."""
+    if not (any(splits) and _manual_axes()):
+        return params
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_absent)
+    return jax.tree.unflatten(structure, list(map(_unsplit_leaf, leaves, splits)))
+
+
+def mesh_axes(split: Split, axes: tuple[int, ...]) -> tuple[str, ...]:
+    """The mesh axes that split the given axes of an array."""
+    return tuple(name for axis, names in enumerate(split) if axis in axes for name in names)
+
+
+def _manual_axes() -> tuple[str, ...]:
+    return jax.sharding.get_abstract_mesh().manual_axes
+
+
+def _unsplit_leaf(leaf: Any, split: Split) -> Any:
+    if not any(split):
+        return leaf
+    shards = [math.prod(map(lax.axis_size, names)) for names in split]
+    shape = [size * number for size, number in itertools.zip_longest(leaf.shape, shards, fillvalue=1)]
+    return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+
+def _split(path: Path, leaf: Any, spec: Any) -> Split:
+    where = f"partition_specs for {place(path, leaf)}"
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(f"{where} must be a PartitionSpec, got {describe(spec)}")
+    rank = len(leaf.shape) if is_array_like(leaf) else 0
+    if len(spec) > rank:
+        raise ValueError(f"{where}: {spec} has {len(spec)} entries for {rank} axes")
+    if PartitionSpec.UNCONSTRAINED in spec:
+        raise ValueError(f"{where}: {spec} does not say how the array is split")
+    split = tuple(map(_names, spec))
+    _check_names([name for names in split for name in names], f"{where}: {spec}")
+    return split
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _check_names(names: list[str], where: str) -> None:
+    manual = _manual_axes()
+    for name in names:
+        if manual and name not in manual:
+            raise ValueError(f"{where} names the mesh axis {name!r}; manual here are {', '.join(manual)}")
+        if names.count(name) > 1:
+            raise ValueError(f"{where} names the mesh axis {name!r} more than once")
