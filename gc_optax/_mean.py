@@ -36,7 +36,9 @@ def subtract_mean(gradient: jax.Array, axes: tuple[int, ...], mesh_axes: tuple[s
     """
     wide = gradient.astype(_accumulator(gradient.dtype))
     mean = jnp.mean(wide, axes, keepdims=True)
-    mean = _apart(lax.pmean(mean, mesh_axes) if mesh_axes else mean)
+    if mesh_axes:
+        mean = lax.pmean(mean, mesh_axes)  # type: ignore[no-untyped-call]
+    mean = _apart(mean)
     # Below float32 the difference is rounded once, here, and neither the sum nor the mean is.
     return (wide - mean).astype(gradient.dtype)
 

@@ -56,7 +56,8 @@ def mesh_axes(split: Split, axes: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def _manual_axes() -> tuple[str, ...]:
-    return jax.sharding.get_abstract_mesh().manual_axes
+    axes: tuple[str, ...] = jax.sharding.get_abstract_mesh().manual_axes
+    return axes
 
 
 def _unsplit_leaf(leaf: Any, split: Split) -> Any:
@@ -64,7 +65,7 @@ def _unsplit_leaf(leaf: Any, split: Split) -> Any:
         return leaf
     shards = [math.prod(map(lax.axis_size, names)) for names in split]
     shape = [size * number for size, number in itertools.zip_longest(leaf.shape, shards, fillvalue=1)]
-    return jax.ShapeDtypeStruct(shape, leaf.dtype)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype)  # type: ignore[no-untyped-call]
 
 
 def _split(path: Path, leaf: Any, spec: Any) -> Split:
