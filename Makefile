@@ -2,18 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint build clean
+.PHONY: help demo demo-pod test lint build clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   train a small Flax model with and without gradient centralization"
-	@echo "make test   run the tests, the docstrings' examples and the Python blocks of README.md"
-	@echo "make lint   check format, style and types"
-	@echo "make build  build the wheel and the source distribution into dist/"
-	@echo "make clean  remove the environment and what was built"
+	@echo "make demo      train a small Flax model with and without gradient centralization"
+	@echo "make demo-pod  train a sharded language model on eight simulated devices"
+	@echo "make test      run the tests, the docstrings' examples and the Python blocks of README.md"
+	@echo "make lint      check format, style and types"
+	@echo "make build     build the wheel and the source distribution into dist/"
+	@echo "make clean     remove the environment and what was built"
 
 demo: .venv/examples.installed
 	$(BIN)/python examples/quickstart.py
+
+# The script does not write over checkpoints: those of the last demo have to go.
+demo-pod: .venv/examples.installed
+	rm -rf pod_training
+	$(BIN)/python examples/pod_training.py --simulated-devices 8 --checkpoints pod_training
 
 test: .venv/dev.installed
 	$(BIN)/python -m pytest

@@ -1,0 +1,576 @@
+"""Trains a transformer on the source of Python's standard library, sharded over all the devices there are.
+
+The script is the same on every kind of machine; only its start differs.
+
+On a laptop, on eight simulated devices:
+
+    python examples/pod_training.py --simulated-devices 8
+
+On one host, on all of its GPUs or TPU chips:
+
+    python examples/pod_training.py
+
+On a TPU pod, or under Slurm or Open MPI, the same on every host; JAX finds the others by itself:
+
+    python examples/pod_training.py --checkpoints gs://bucket/folder
+
+On hosts that nothing else holds together, on each with a process id of its own:
+
+    python examples/pod_training.py --coordinator 10.0.0.1:1234 --processes 2 --process-id 0
+
+The devices form a mesh with two axes: the batch and the parameters are split over `fsdp`, the attention heads
+and the hidden layers of the MLPs over `tp`. The state is made, saved and restored in shards, so no device and
+no host needs room for all of it. `gc_optax.infer_axes` reads off the loss, from shapes alone, over which axes
+to centralize.
+
+The text is read as bytes, and one file in twenty is held out. All processes must read the same text, which is
+checked; where their Pythons differ, give them one with `--text`. The loss is measured every now and then. The
+state is saved each time if `--checkpoints` names a folder, one that all processes see, and `--resume` goes on
+from there after a crash: on the same devices to the very bits that would have been reached without it, since
+the text that a step sees depends on nothing but the seed and the step. At the end, process 0 prints a table
+and saves a picture of the loss.
+
+    python examples/pod_training.py --simulated-devices 8 --checkpoints run
+    python examples/pod_training.py --simulated-devices 8 --checkpoints run --resume --steps 600
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import sysconfig
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import linen as nn
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import gc_optax
+
+BYTES = 256
+WARMUP_STEPS = 20
+MEASURED_BATCHES = 4
+# What a run must have in common with the checkpoints it resumes from, beside the text.
+SETTINGS = ("seed", "batch_size", "length", "layers", "embed", "heads")
+
+
+class Text(NamedTuple):
+    """Bytes to train on, and bytes to measure with."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+class State(NamedTuple):
+    """All that a training step changes."""
+
+    params: optax.Params
+    optimizer: optax.OptState
+
+
+class Measurement(NamedTuple):
+    """The mean loss after some steps, in nats per byte."""
+
+    step: int
+    train: float
+    held_out: float
+
+
+def kernel(*axes: str | None) -> Callable:
+    """Flax's initializer of kernels, saying over which mesh axis each of their own is split."""
+    return nn.with_partitioning(nn.linear.default_kernel_init, axes)
+
+
+class Block(nn.Module):
+    """A transformer block with pre-normalization: activations (batch, length, embed) to the same."""
+
+    heads: int
+    activations: NamedSharding
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        """Attends, and applies the MLP."""
+        # Each device keeps its part of the batch, and the parameters are gathered for it, layer by layer.
+        x = jax.lax.with_sharding_constraint(x, self.activations)
+        attention = nn.MultiHeadDotProductAttention(
+            self.heads,
+            use_bias=False,
+            kernel_init=kernel("fsdp", "tp", None),
+            out_kernel_init=kernel("tp", None, "fsdp"),
+            name="attention",
+        )
+        x = x + attention(nn.LayerNorm(name="norm_0")(x), mask=mask)
+        up = nn.Dense(4 * x.shape[-1], kernel_init=kernel("fsdp", "tp"), name="up")
+        down = nn.Dense(x.shape[-1], kernel_init=kernel("tp", "fsdp"), name="down")
+        return x + down(nn.gelu(up(nn.LayerNorm(name="norm_1")(x)))), None
+
+
+class Decoder(nn.Module):
+    """A language model of bytes: text (batch, length) to logits (batch, length, 256)."""
+
+    layers: int
+    embed: int
+    heads: int
+    activations: NamedSharding
+
+    @nn.compact
+    def __call__(self, text: jax.Array) -> jax.Array:
+        """Predicts the next byte at each position."""
+        lookup = nn.with_partitioning(nn.initializers.normal(0.02), (None, "fsdp"))
+        x = nn.Embed(BYTES, self.embed, embedding_init=lookup, name="embed")(text)
+        x = x + self.param("positions", lookup, (text.shape[1], self.embed))
+        blocks = nn.scan(
+            nn.remat(Block),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.layers,
+            metadata_params={nn.PARTITION_NAME: None},
+        )
+        x, _ = blocks(self.heads, self.activations, name="blocks")(x, nn.make_causal_mask(text))
+        head = nn.Dense(BYTES, use_bias=False, kernel_init=kernel("fsdp", None), name="head")
+        return head(nn.LayerNorm(name="norm")(x))
+
+
+def loss(model: Decoder, params: optax.Params, windows: jax.Array) -> jax.Array:
+    """The mean cross-entropy of every byte of the windows, given those before it."""
+    logits = model.apply({"params": params}, windows[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+
+
+def join_processes(arguments: argparse.Namespace) -> None:
+    """Makes all processes one program. It must come before JAX is asked for its devices."""
+    if arguments.simulated_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", arguments.simulated_devices)
+    if arguments.coordinator:
+        jax.distributed.initialize(arguments.coordinator, arguments.processes, arguments.process_id)
+    elif not arguments.simulated_devices:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            # JAX says this where nothing speaks of other hosts. Any other failure must not go unnoticed:
+            # each host of a pod would train on its own.
+            if "coordinator_address should be defined" not in str(error):
+                raise
+
+
+def make_mesh(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Mesh:
+    """All devices as fsdp x tp. Settles the arguments that depend on their number, and checks the sizes."""
+    devices = jax.device_count()
+    tp = arguments.tensor_parallel or (2 if devices % 4 == 0 else 1)
+    if devices % tp:
+        parser.error(f"argument --tensor-parallel: {tp} does not divide the {devices} devices")
+    if arguments.heads % tp:
+        parser.error(f"argument --heads: {arguments.heads} is no multiple of the {tp} devices of axis tp")
+    fsdp = devices // tp
+    arguments.batch_size = arguments.batch_size or -(-16 // fsdp) * fsdp
+    for flag in ("batch-size", "embed"):
+        size = getattr(arguments, flag.replace("-", "_"))
+        if size % fsdp:
+            parser.error(f"argument --{flag}: {size} is no multiple of the {fsdp} devices of axis fsdp")
+    return jax.make_mesh((fsdp, tp), ("fsdp", "tp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def read_text(path: pathlib.Path | None, length: int, parser: argparse.ArgumentParser) -> Text:
+    """The bytes of a file, of the files in a folder, or of the standard library. A twentieth is held out."""
+    if path is None:
+        library = pathlib.Path(sysconfig.get_paths()["stdlib"])
+        installed = {"site-packages", "dist-packages"}
+        files = [
+            file for file in library.rglob("*.py") if installed.isdisjoint(file.relative_to(library).parts)
+        ]
+    elif path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file()]
+    else:
+        files = [path]
+    try:
+        contents = [np.frombuffer(file.read_bytes(), np.uint8) for file in sorted(files)]
+    except OSError as error:
+        parser.error(f"argument --text: {error}")
+    if len(contents) == 1:
+        text = Text(*np.split(contents[0], [len(contents[0]) * 19 // 20]))
+    else:
+        train = [content for number, content in enumerate(contents) if number % 20]
+        nothing = np.empty(0, np.uint8)
+        text = Text(np.concatenate([nothing, *train]), np.concatenate([nothing, *contents[::20]]))
+    if min(map(len, text)) <= length:
+        sizes = f"{len(text.train):,} bytes to train on and {len(text.held_out):,} held out"
+        parser.error(f"argument --text: {sizes} are too few for windows of {length + 1} bytes")
+    return text
+
+
+def random_starts(text: np.ndarray, step: int, arguments: argparse.Namespace) -> np.ndarray:
+    """Where the windows of a training step begin."""
+    generator = np.random.default_rng((arguments.seed, step))
+    return generator.integers(len(text) - arguments.length, size=arguments.batch_size)
+
+
+def even_starts(text: np.ndarray, arguments: argparse.Namespace) -> np.ndarray:
+    """Where the windows begin that the loss is measured on, spread over the text: (batches, batch)."""
+    count = MEASURED_BATCHES * arguments.batch_size
+    starts = np.linspace(0, len(text) - arguments.length - 1, count).astype(int)
+    return starts.reshape(MEASURED_BATCHES, arguments.batch_size)
+
+
+def cut_windows(text: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """Inputs and targets in one: windows of `length` bytes and the byte after them."""
+    return text[starts[:, None] + np.arange(length + 1)].astype(np.int32)
+
+
+def feed(text: np.ndarray, starts: np.ndarray, length: int, split: NamedSharding) -> jax.Array:
+    """A batch of windows: each process cuts only those that its own devices hold."""
+    shape = (len(starts), length + 1)
+    return jax.make_array_from_callback(
+        shape, split, lambda index: cut_windows(text, starts[index[0]], length)
+    )
+
+
+def measure_baselines(text: Text, arguments: argparse.Namespace) -> dict[str, float]:
+    """The losses to beat: of models that count bytes and pairs of bytes, on the held-out windows."""
+    counts = np.ones(BYTES * BYTES)
+    for part in np.array_split(text.train, len(text.train) // 2**22 + 1):
+        counts += np.bincount(part[:-1].astype(np.uint16) * BYTES + part[1:], minlength=BYTES * BYTES)
+    pairs = counts.reshape(BYTES, BYTES)
+    windows = cut_windows(text.held_out, even_starts(text.held_out, arguments).ravel(), arguments.length)
+    before, after = windows[:, :-1], windows[:, 1:]
+    return {
+        "unigram model": -np.log(pairs.sum(0) / pairs.sum())[after].mean(),
+        "bigram model": -np.log(pairs / pairs.sum(1, keepdims=True))[before, after].mean(),
+    }
+
+
+def make_params(model: Decoder, arguments: argparse.Namespace) -> optax.Params:
+    """The first parameters, in boxes that say how they are split."""
+    text = jnp.zeros((arguments.batch_size, arguments.length), jnp.int32)
+    return model.init(jax.random.key(arguments.seed), text)["params"]
+
+
+def make_optimizer(
+    model: Decoder, arguments: argparse.Namespace, console: Console
+) -> optax.GradientTransformation:
+    """AdamW, centralized over the axes that the loss shows."""
+    # The rate does not depend on how many steps there are to be: any run can be made longer.
+    adamw = optax.adamw(optax.warmup_constant_schedule(0.0, arguments.learning_rate, WARMUP_STEPS))
+    if arguments.no_centralization:
+        return adamw
+    shapes = nn.unbox(jax.eval_shape(lambda: make_params(model, arguments)))
+    windows = jax.ShapeDtypeStruct((arguments.batch_size, arguments.length + 1), jnp.int32)
+    axes = gc_optax.infer_axes(functools.partial(loss, model), shapes, windows)
+    console.print(gc_optax.summarize(shapes, axes), markup=False, highlight=False, soft_wrap=True)
+    # Unlike in optax.chain, the state stays that of AdamW: a checkpoint made without GC fits.
+    return gc_optax.centralized(adamw, gc_optax.centralize(axes))
+
+
+def make_state(
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    manager: ocp.CheckpointManager | None,
+    arguments: argparse.Namespace,
+) -> State:
+    """The state to begin with, new or from the last checkpoint, each of its shards made where it belongs."""
+
+    def boxed() -> State:
+        params = make_params(model, arguments)
+        return State(params, optimizer.init(params))
+
+    shapes = jax.eval_shape(boxed)
+    shardings = nn.get_sharding(shapes, mesh)
+    if manager is None or not arguments.resume:
+        return jax.jit(lambda: nn.unbox(boxed()), out_shardings=shardings)()
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(shapes),
+        shardings,
+    )
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    return manager.restore(manager.latest_step(), args=args)["state"]
+
+
+def make_step(
+    model: Decoder, optimizer: optax.GradientTransformation, state: State
+) -> Callable[[State, jax.Array], tuple[State, jax.Array]]:
+    """The training step: the next state, split as this one and in its memory, and the loss of this one."""
+
+    def step(state: State, windows: jax.Array) -> tuple[State, jax.Array]:
+        value, gradients = jax.value_and_grad(functools.partial(loss, model))(state.params, windows)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        return State(optax.apply_updates(state.params, updates), optimizer_state), value
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def open_checkpoints(
+    arguments: argparse.Namespace, settings: dict[str, Any], parser: argparse.ArgumentParser
+) -> ocp.CheckpointManager | None:
+    """The folder of checkpoints: one without any to begin with, one that fits to resume from."""
+    if arguments.checkpoints is None:
+        return None
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.LatestN(2),
+        create=not arguments.resume,
+        cleanup_tmp_directories=True,
+    )
+    manager = ocp.CheckpointManager(arguments.checkpoints, options=options)
+    last = manager.latest_step()
+    if not arguments.resume:
+        if last is not None:
+            parser.error(
+                f"argument --checkpoints: {arguments.checkpoints} has some; go on from them with --resume"
+            )
+        return manager
+    if last is None:
+        parser.error(f"argument --resume: there are no checkpoints in {arguments.checkpoints}")
+    if last >= arguments.steps:
+        parser.error(f"argument --steps: the last checkpoint is that of step {last} already")
+    for name, value in read_record(manager)["settings"].items():
+        if value != settings[name]:
+            flag = name.replace("_", "-")
+            parser.error(f"argument --{flag}: the checkpoints were made with {value}, not {settings[name]}")
+    return manager
+
+
+def save(
+    manager: ocp.CheckpointManager, state: State, settings: dict[str, Any], measurements: list[Measurement]
+) -> None:
+    """Writes a checkpoint in the background, every process its own shards."""
+    record = {"settings": settings, "measurements": measurements}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+    manager.save(measurements[-1].step, args=args)
+
+
+def read_record(manager: ocp.CheckpointManager) -> dict[str, Any]:
+    """What the last checkpoint has beside the state: the settings, and all that was measured."""
+    args = ocp.args.Composite(record=ocp.args.JsonRestore())
+    return manager.restore(manager.latest_step(), args=args)["record"]
+
+
+def make_progress(console: Console) -> Progress:
+    """The progress bar."""
+    return Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.description}"),
+        console=console,
+    )
+
+
+def train(
+    arguments: argparse.Namespace,
+    settings: dict[str, Any],
+    text: Text,
+    mesh: Mesh,
+    manager: ocp.CheckpointManager | None,
+    console: Console,
+) -> list[Measurement]:
+    """Takes the steps that are left; measures and saves every now and then."""
+    split = NamedSharding(mesh, PartitionSpec("fsdp"))
+    model = Decoder(arguments.layers, arguments.embed, arguments.heads, split)
+    optimizer = make_optimizer(model, arguments, console)
+    state = make_state(model, optimizer, mesh, manager, arguments)
+    step = make_step(model, optimizer, state)
+    evaluate = jax.jit(functools.partial(loss, model))
+    samples = [
+        [feed(part, starts, arguments.length, split) for starts in even_starts(part, arguments)]
+        for part in text
+    ]
+
+    def measure(steps: int, params: optax.Params) -> Measurement:
+        losses = [[float(evaluate(params, windows)) for windows in sample] for sample in samples]
+        return Measurement(steps, *np.mean(losses, axis=1).tolist())
+
+    with make_progress(console) as progress:
+        bar = progress.add_task("compiling", total=arguments.steps)
+        if manager is not None and arguments.resume:
+            measurements = [Measurement(*row) for row in read_record(manager)["measurements"]]
+        else:
+            measurements = [measure(0, state.params)]
+        for number in range(measurements[-1].step, arguments.steps):
+            starts = random_starts(text.train, number, arguments)
+            state, value = step(state, feed(text.train, starts, arguments.length, split))
+            # To wait for the loss keeps the bar honest, and keeps steps from queueing up on the devices.
+            progress.update(bar, completed=number + 1, description=f"loss {float(value):.3f}")
+            if (number + 1) % arguments.save_every == 0 or number + 1 == arguments.steps:
+                measurements.append(measure(number + 1, state.params))
+                if manager is not None:
+                    save(manager, state, settings, measurements)
+    return measurements
+
+
+def report(
+    measurements: list[Measurement], baselines: dict[str, float], title: str, console: Console
+) -> None:
+    """Prints the table: a dozen or so of the measurements, and the losses to beat."""
+    console.print(title)
+    table = Table(caption="mean loss, nats per byte", caption_justify="left")
+    table.add_column("after")
+    for heading in ("training text", "held-out text"):
+        table.add_column(heading, justify="right")
+    for row in sorted(set(np.linspace(0, len(measurements) - 1, 13).astype(int))):
+        step, train, held_out = measurements[row]
+        table.add_row(f"{step:,} steps", f"{train:.3f}", f"{held_out:.3f}")
+    table.add_section()
+    for name, value in baselines.items():
+        table.add_row(name, "", f"{value:.3f}")
+    console.print(table)
+
+
+def draw(
+    measurements: list[Measurement], baselines: dict[str, float], title: str, output: pathlib.Path
+) -> None:
+    """The loss by step, on text that was trained on and on text that was held out."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    steps, train, held_out = zip(*measurements, strict=True)
+    axes.plot(steps, train, color="#666666", alpha=0.5, linewidth=4, label="training text")
+    axes.plot(steps, held_out, color="#0072b2", marker="o", markersize=3, label="held-out text")
+    for (name, value), style in zip(baselines.items(), (":", "--"), strict=True):
+        axes.axhline(value, color="#d55e00", linestyle=style, label=f"held-out text, {name}")
+    axes.set(title=title, xlabel="step", ylabel="loss, nats per byte", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output, dpi=130)
+
+
+def folder_path(text: str) -> str:
+    """A folder in a bucket, or one on this machine, which Orbax wants to be absolute."""
+    return text if "://" in text else str(pathlib.Path(text).expanduser().absolute())
+
+
+def positive_integer(text: str) -> int:
+    """An argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def positive_number(text: str) -> float:
+    """An argument that is a rate."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return number
+
+
+def natural_number(text: str) -> int:
+    """An argument that numbers something, from 0 on."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {number}")
+    return number
+
+
+def picture_path(text: str) -> pathlib.Path:
+    """A path that the picture can be written to: found out before the training, not after it."""
+    path = pathlib.Path(text)
+    formats = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix[1:] not in formats:
+        raise argparse.ArgumentTypeError(f"{text} must end in one of {', '.join(formats)}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.absolute().parent}")
+    return path
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, and those of its errors that show without the devices and the text."""
+
+    def number(flag: str, default: float | None, text: str, kind: Callable = positive_integer) -> None:
+        shown = text if default is None else f"{text} (default: {default})"
+        parser.add_argument(flag, type=kind, default=default, help=shown, metavar="N")
+
+    number("--steps", 300, "steps in all, with those before --resume")
+    number("--batch-size", None, "windows in a step (default: 16, or the next multiple of mesh axis fsdp)")
+    number("--length", 128, "bytes in a window")
+    number("--layers", 4, "transformer blocks")
+    number("--embed", 128, "width of the activations")
+    number("--heads", 4, "attention heads")
+    number("--learning-rate", 0.003, "of AdamW, after a warm-up", positive_number)
+    number("--seed", 0, "of the first parameters and of the order of the text", natural_number)
+    parser.add_argument("--no-centralization", action="store_true", help="AdamW alone, to compare with")
+    parser.add_argument(
+        "--text", type=pathlib.Path, metavar="PATH", help="a file or a folder (default: the standard library)"
+    )
+    parser.add_argument(
+        "--checkpoints", type=folder_path, metavar="FOLDER", help="where to save the state (default: nowhere)"
+    )
+    number("--save-every", 25, "steps from one measurement and checkpoint to the next")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    number("--tensor-parallel", None, "mesh axis tp (default: 2 if 4 divides the number of devices, else 1)")
+    number("--simulated-devices", None, "make this many devices of the CPU, in each process")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens to the others")
+    number("--processes", None, "how many processes there are, with --coordinator")
+    number("--process-id", None, "which of them this is, from 0 on, with --coordinator", natural_number)
+    parser.add_argument(
+        "--output",
+        type=picture_path,
+        default="pod_training.png",
+        metavar="FILE",
+        help="where the picture goes (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
+    if arguments.embed % arguments.heads:
+        parser.error(f"argument --heads: {arguments.heads} does not divide --embed {arguments.embed}")
+    if arguments.resume and arguments.checkpoints is None:
+        parser.error("argument --resume: --checkpoints must name the folder to resume from")
+    manual = (arguments.coordinator, arguments.processes, arguments.process_id)
+    if any(value is not None for value in manual) and None in manual:
+        parser.error("argument --coordinator: goes together with --processes and --process-id")
+    return arguments
+
+
+def main() -> None:
+    """Trains, prints the table and saves the picture."""
+    parser = argparse.ArgumentParser(
+        description="Trains a language model in shards, with gradient centralization."
+    )
+    arguments = parse_arguments(parser)
+    join_processes(arguments)
+    mesh = make_mesh(arguments, parser)
+    text = read_text(arguments.text, arguments.length, parser)
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    settings["text"] = f"{len(text.train):,} bytes of checksum {zlib.crc32(text.train):08x}"
+    checksum = np.uint32(zlib.crc32(json.dumps(settings).encode()))
+    multihost_utils.assert_equal(checksum, "the processes have different texts or options")
+    manager = open_checkpoints(arguments, settings, parser)
+
+    console = Console(quiet=jax.process_index() > 0)
+    console.print(
+        f"devices: {mesh.size} {jax.default_backend()}, processes: {jax.process_count()}, "
+        f"mesh: fsdp {mesh.shape['fsdp']} x tp {mesh.shape['tp']}"
+    )
+    console.print(f"text: {settings['text']}, and {len(text.held_out):,} held out")
+    measurements = train(arguments, settings, text, mesh, manager, console)
+    if manager is not None:
+        manager.close()
+    if jax.process_index() == 0:
+        baselines = measure_baselines(text, arguments)
+        title = (
+            f"{arguments.layers} layers of width {arguments.embed}, "
+            f"AdamW {'without' if arguments.no_centralization else 'with'} gradient centralization"
+        )
+        report(measurements, baselines, title, console)
+        draw(measurements, baselines, title, arguments.output)
+        console.print(f"The curves are in {arguments.output.absolute()}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
