@@ -7,7 +7,7 @@ import optax
 
 from ._axes import Axes, Mask, PyTree, WeightAxes, is_absent, settle, warn_of_unsettled_kernels
 from ._mean import subtract_mean
-from ._mesh import PartitionSpecs, Split, mesh_axes, require_shard_map, settle_splits, unsplit
+from ._mesh import PartitionSpecs, Split, mesh_axes, on_whole, require_shard_map, settle_splits
 
 Where = Literal["gradients", "updates"]
 
@@ -48,23 +48,25 @@ def centralize(
             it, or a function from the parameters to such a tree. A leaf is centralized where it is
             true. By default it is true everywhere.
         partition_specs: for gradients inside `jax.shard_map`, where each is one shard: how they are
-            split. A tree of `jax.sharding.PartitionSpec` with the structure of the parameters or of a prefix
-            of it, as in the `in_specs` of `shard_map`, or a function from the parameters to such a tree. The
-            mean of a weight vector is then taken across the mesh axes that split its inputs, in one
-            all-reduce of the means; `axes` and `mask` are about the whole parameters. Under `jit` there is
-            nothing to say, and `update` does not take it.
+            split. A tree of `jax.sharding.PartitionSpec` with the structure of the parameters or of a
+            prefix of it, as in the `in_specs` of `shard_map`, or a function from the parameters to such a
+            tree. The mean of a weight vector is then taken across the mesh axes that split its inputs, in
+            one all-reduce of the means. `axes` and `mask` are about the whole parameters, but a function
+            for `partition_specs` gets the shards: it may go by names or by boxes, as
+            `nn.get_partition_spec` of Flax does, and what goes by size must be called outside. Under
+            `jit` there is nothing to say, and `update` does not take it.
 
     Returns:
-        An `optax.GradientTransformation`. Its `init` returns `optax.EmptyState()`, and checks `axes`
-        and `mask` against the parameters. Its `update` works with and without `params`, and keeps
-        shapes and dtypes.
+        An `optax.GradientTransformation`. Its `init` returns `optax.EmptyState()`, and checks `axes`,
+        `mask` and `partition_specs` against the parameters, but for the names of mesh axes, which are known
+        inside `shard_map` only. Its `update` works with and without `params`, and keeps shapes and dtypes.
 
     Raises:
         ValueError: from `init` and `update`, if `axes` or `mask` does not have the structure of the
             parameters, or if an axis is repeated or out of range. The message names the parameter.
-            Likewise, if a spec of `partition_specs` has more entries than the parameter has axes, or
-            names a mesh axis that is not manual there. From `update`, if `partition_specs` is given
-            and no mesh axis is manual.
+            Likewise, if a spec of `partition_specs` has more entries than the parameter has axes, leaves
+            one unconstrained, names a mesh axis twice, or names one that is not manual there. From
+            `update`, if `partition_specs` is given and no mesh axis is manual.
         TypeError: likewise, if a leaf of `axes`, `mask` or `partition_specs` is of none of the types above.
 
     Example:
@@ -91,10 +93,8 @@ def centralize(
     def init(params: optax.Params) -> optax.OptState:
         # optax.tree_map_params calls `init` with a placeholder that has no leaves: nothing to check.
         if jax.tree.leaves(params):
-            whole = unsplit(params, settle_splits(params, partition_specs))
-            settled = settle(whole, axes, mask)
-            if axes is None:
-                warn_of_unsettled_kernels(whole, settled)
+            splits = settle_splits(params, partition_specs)
+            on_whole(lambda whole: _settle_loudly(whole, axes, mask), params, splits)
         return optax.EmptyState()
 
     def update(
@@ -102,7 +102,8 @@ def centralize(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         splits = _splits_of_shards(updates, partition_specs)
-        return _project(updates, settle(unsplit(updates, splits), axes, mask), splits), state
+        settled = on_whole(lambda whole: settle(whole, axes, mask), updates, splits)
+        return _project(updates, settled, splits), state
 
     return optax.GradientTransformation(init, update)
 
@@ -136,10 +137,7 @@ def centralize_gradients(
         Yong et al., ECCV 2020, https://arxiv.org/abs/2004.01461
     """
     splits = _splits_of_shards(gradients, partition_specs)
-    whole = unsplit(gradients, splits)
-    settled = settle(whole, axes, mask)
-    if axes is None:
-        warn_of_unsettled_kernels(whole, settled)
+    settled = on_whole(lambda whole: _settle_loudly(whole, axes, mask), gradients, splits)
     return _project(gradients, settled, splits)
 
 
@@ -214,6 +212,13 @@ def centralized(
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _settle_loudly(params: PyTree, axes: Axes, mask: Mask) -> list[WeightAxes]:
+    settled = settle(params, axes, mask)
+    if axes is None:
+        warn_of_unsettled_kernels(params, settled)
+    return settled
 
 
 def _splits_of_shards(updates: PyTree, partition_specs: PartitionSpecs) -> list[Split]:

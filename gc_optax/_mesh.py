@@ -7,7 +7,7 @@ Under `jit` an array is whole, however it is sharded, and XLA takes its mean acr
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax import lax
@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec
 from ._axes import Path, PyTree, describe, is_absent, is_array_like, match, place, resolve
 
 PartitionSpecs = PyTree | Callable[[PyTree], PyTree] | None
+
+Result = TypeVar("Result")
 
 # For the leading dimensions of an array, the mesh axes that split each. Further dimensions are not split.
 Split = tuple[tuple[str, ...], ...]
@@ -42,12 +44,24 @@ def require_shard_map() -> None:
         )
 
 
-def unsplit(params: PyTree, splits: list[Split]) -> PyTree:
-    """`params` with the shapes that they have outside of `shard_map`: those are what `axes` is about."""
+def on_whole(fn: Callable[[PyTree], Result], params: PyTree, splits: list[Split]) -> Result:
+    """What `fn` makes of `params` with the shapes that they have outside of `shard_map`.
+
+    Axes and masks are about those shapes: a shard may have one input of a weight vector that has many.
+    `fn` gets tracers in place of the leaves that are split, so that it finds arrays there.
+    """
     if not (any(splits) and _manual_axes()):
-        return params
+        return fn(params)
     leaves, structure = jax.tree.flatten(params, is_leaf=is_absent)
-    return jax.tree.unflatten(structure, list(map(_unsplit_leaf, leaves, splits)))
+    results = []
+
+    def trace(whole: dict[int, jax.Array]) -> None:
+        together = [whole.get(number, leaf) for number, leaf in enumerate(leaves)]
+        results.append(fn(jax.tree.unflatten(structure, together)))
+
+    pairs = enumerate(zip(leaves, splits, strict=True))
+    jax.eval_shape(trace, {number: _whole(leaf, split) for number, (leaf, split) in pairs if any(split)})
+    return results[0]
 
 
 def mesh_axes(split: Split, axes: tuple[int, ...]) -> tuple[str, ...]:
@@ -60,12 +74,10 @@ def _manual_axes() -> tuple[str, ...]:
     return axes
 
 
-def _unsplit_leaf(leaf: Any, split: Split) -> Any:
-    if not any(split):
-        return leaf
-    shards = [math.prod(map(lax.axis_size, names)) for names in split]
-    shape = [size * number for size, number in itertools.zip_longest(leaf.shape, shards, fillvalue=1)]
-    return jax.ShapeDtypeStruct(shape, leaf.dtype)  # type: ignore[no-untyped-call]
+def _whole(shard: jax.Array, split: Split) -> jax.ShapeDtypeStruct:
+    numbers = [math.prod(map(lax.axis_size, names)) for names in split]
+    shape = [size * number for size, number in itertools.zip_longest(shard.shape, numbers, fillvalue=1)]
+    return jax.ShapeDtypeStruct(shape, shard.dtype)  # type: ignore[no-untyped-call]
 
 
 def _split(path: Path, leaf: Any, spec: Any) -> Split:
@@ -75,9 +87,11 @@ def _split(path: Path, leaf: Any, spec: Any) -> Split:
     rank = len(leaf.shape) if is_array_like(leaf) else 0
     if len(spec) > rank:
         raise ValueError(f"{where}: {spec} has {len(spec)} entries for {rank} axes")
-    if PartitionSpec.UNCONSTRAINED in spec:
+    # A spec that says `reduced` refuses to be iterated; older versions of JAX have no `partitions`.
+    entries = getattr(spec, "partitions", spec)
+    if PartitionSpec.UNCONSTRAINED in entries:
         raise ValueError(f"{where}: {spec} does not say how the array is split")
-    split = tuple(map(_names, spec))
+    split = tuple(map(_names, entries))
     _check_names([name for names in split for name in names], f"{where}: {spec}")
     return split
 

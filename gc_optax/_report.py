@@ -47,7 +47,7 @@ def removed_fraction(gradients: PyTree, axes: Axes = None, *, mask: Mask = None)
 
     A gradient of independent entries has the fraction \(1 / n\) in expectation, \(n\) being the
     fan-in. Near 0, centralization does nothing; near 1, it removes the direction in which the
-    parameter wants to go.
+    parameter wants to go. Inside `jax.shard_map` it is the fraction of the shard.
 
     Args:
         gradients: a tree of arrays.

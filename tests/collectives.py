@@ -4,14 +4,19 @@ import math
 import re
 from collections import Counter
 
-_KINDS = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
+_KINDS = "all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|collective-[a-z]+"
 
 
 def collectives(program):
-    """The kind and the number of entries of every array that a compiled program sends, counted."""
+    """The kind and the number of entries of every array that results from a collective, counted.
+
+    What an all-reduce sends is as large as its results are. It has several where XLA has combined several.
+    """
     sent = Counter()
-    # A collective that was combined from several has a tuple of results.
-    for result, kind in re.findall(rf"= (\([^)]*\)|\S+) ({_KINDS})(?:-start)?\(", program.as_text()):
-        for shape in re.findall(r"\w+\[([\d,]*)\]", result):
-            sent[kind, math.prod(map(int, filter(None, shape.split(","))))] += 1
+    for line in program.as_text().splitlines():
+        if found := re.search(rf" = (.*) ({_KINDS})(-start)?\(", line):
+            shapes = re.findall(r"\w+\[([\d,]*)\]", found[1])
+            assert shapes, line
+            for shape in shapes:
+                sent[found[2], math.prod(map(int, filter(None, shape.split(","))))] += 1
     return sent

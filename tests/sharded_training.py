@@ -49,8 +49,8 @@ def batch(mesh):
     return tuple(jax.make_array_from_callback(a.shape, split, lambda index, a=a: a[index]) for a in (x, y))
 
 
-def train(mesh):
-    """The parameters after some steps of centralized AdamW, as NumPy arrays, by name."""
+def train(mesh, centralization=None):
+    """The parameters after some steps of AdamW, centralized by default, as NumPy arrays by name."""
     x, y = batch(mesh)
     key = jax.random.key(0)
 
@@ -59,7 +59,7 @@ def train(mesh):
 
     shapes = jax.eval_shape(init, key)
     axes = gc_optax.infer_axes(loss, shapes, x, y)
-    optimizer = gc_optax.centralized(optax.adamw(1e-2), gc_optax.centralize(axes))
+    optimizer = gc_optax.centralized(optax.adamw(1e-2), (centralization or gc_optax.centralize)(axes))
 
     def start(key):
         params = init(key)
@@ -74,6 +74,8 @@ def train(mesh):
     step = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
     for _ in range(STEPS):
         params, state = step(params, state, x, y)
+    kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
+    assert mesh.size == 1 or not any(kernel.sharding.is_fully_replicated for kernel in kernels)
     whole = multihost_utils.process_allgather(nn.unbox(params), tiled=True)
     return {jax.tree_util.keystr(path): value for path, value in jax.tree_util.tree_leaves_with_path(whole)}
 

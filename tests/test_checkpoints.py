@@ -87,5 +87,5 @@ def test_a_run_goes_on_with_the_other_optimizer(before, after, through, tmp_path
 @pytest.mark.parametrize("through", [through_orbax, through_flax])
 def test_a_chain_keeps_a_slot_and_does_not_load(through, tmp_path):
     written = train(start(plain()), 1)
-    with pytest.raises(ValueError, match=r"(?s).+"):
+    with pytest.raises(ValueError, match=r"opt_state|structure|does not match"):
         through(written, start(optax.chain(centralize(), plain())), tmp_path)

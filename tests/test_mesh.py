@@ -81,25 +81,39 @@ def test_means_across_shards_are_taken_in_at_least_float32(dtype, mesh):
     )
 
 
-def test_axes_and_masks_are_about_the_whole_parameters(mesh):
+def through_optimizer(gradients, *args, **options):
+    tx = centralize(*args, **options)
+    updates, _ = tx.update(gradients, tx.init(gradients))
+    return updates
+
+
+@pytest.mark.parametrize("centralization", [centralize_gradients, through_optimizer])
+def test_axes_and_masks_are_about_the_whole_parameters(centralization, mesh):
     # On a device "head" has the shape (1, 6) and "thin" (2, 2): alone, "head" would be left as it is.
-    gradients = {"head": {"kernel": normal(4, 6)}, "thin": {"kernel": normal(8, 2)}, "bias": normal(4)}
-    specs = {"head": P("fsdp"), "thin": P("fsdp"), "bias": P("fsdp")}
+    gradients = {"head": {"kernel": normal(4, 6)}, "thin": {"kernel": normal(8, 2)}, "ids": jnp.arange(4)}
+    specs = {"head": P("fsdp"), "thin": P("fsdp"), "ids": P("fsdp")}
     seen = []
 
     def mask(params):
-        seen.append(
-            jax.tree.map(lambda leaf: leaf.shape, params, is_leaf=lambda node: hasattr(node, "shape"))
-        )
-        return jax.tree.map(lambda leaf: leaf.shape[0] != 8, params)
+        seen.append(jax.tree.map(jnp.shape, params))
+        return jax.tree.map(lambda leaf: isinstance(leaf, jax.Array) and leaf.shape[0] != 8, params)
 
     def project(gradients):
-        return centralize_gradients(gradients, mask=mask, partition_specs=specs)
+        return centralization(gradients, mask=mask, partition_specs=specs)
 
     result = on_shards(project, mesh, specs)(gradients)
-    assert seen == [{"head": {"kernel": (4, 6)}, "thin": {"kernel": (8, 2)}, "bias": (4,)}]
+    assert all(shapes["head"]["kernel"] == (4, 6) and shapes["ids"] == (4,) for shapes in seen)
     expected = gradients | {"head": {"kernel": centralize_gradients(gradients["head"]["kernel"])}}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), result, expected)
+
+
+@pytest.mark.parametrize("centralization", [centralize_gradients, through_optimizer])
+def test_the_warning_names_whole_shapes(centralization, mesh):
+    def project(gradients):
+        return centralization(gradients, partition_specs=P("fsdp"))
+
+    with pytest.warns(UserWarning, match=r"\['experts'\], shape \(4, 6, 2\): mean over axes \(0, 1\)"):
+        on_shards(project, mesh, P("fsdp"))({"experts": normal(4, 6, 2)})
 
 
 def test_a_fan_in_of_one_is_left_alone_on_shards_too(mesh):
@@ -121,19 +135,24 @@ def test_specs_may_be_a_tree_a_prefix_or_a_function(mesh):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), project(gradients), expected)
 
 
-def test_boxes_of_flax_hold_specs_for_shard_map_and_for_partition_specs(mesh):
+def test_boxes_of_flax_say_how_they_are_split(mesh):
     kernel = nn.Partitioned(normal(8, 4), names=("fsdp", None))
     gradients = {"kernel": kernel, "bias": normal(4)}
-    specs = nn.get_partition_spec(gradients)
+    # The specs that shard_map gets stand in boxes too, as the arrays do.
+    specs = {"kernel": kernel.replace(value=P("fsdp", None)), "bias": P()}
 
     def project(gradients):
         return centralize_gradients(gradients, partition_specs=nn.get_partition_spec)
 
-    boxed_specs = {"kernel": kernel.replace(value=P("fsdp", None)), "bias": P()}
-    result = on_shards(project, mesh, boxed_specs)(gradients)
-    np.testing.assert_allclose(
-        result["kernel"].value, centralize_gradients(kernel.value), atol=1e-6, err_msg=str(specs)
-    )
+    result = on_shards(project, mesh, specs)(gradients)
+    np.testing.assert_allclose(result["kernel"].value, centralize_gradients(kernel.value), atol=1e-6)
+
+
+def test_a_spec_may_say_reduced(mesh):
+    gradient = normal(8, 6)
+    reduced = P("fsdp", reduced={"tp"})
+    project = on_shards(lambda g: centralize_gradients(g, partition_specs=reduced), mesh, P("fsdp"))
+    np.testing.assert_allclose(project(gradient), centralize_gradients(gradient), rtol=0, atol=1e-6)
 
 
 def test_optimizers_are_initialized_outside_and_inside(mesh):
@@ -234,8 +253,7 @@ def test_a_training_loop_with_gathered_weights_is_that_of_one_device(where, mesh
 @pytest.mark.parametrize(
     ("partition_specs", "error", "message"),
     [
-        (P("fsdpp"), ValueError, "names the mesh "
-         "axis 'fsdpp'; manual here are fsdp, tp"),
+        (P("fsdpp"), ValueError, "names the mesh axis 'fsdpp'; manual here are fsdp, tp"),
         (P("fsdp", None, "tp"), ValueError, "has 3 entries for 2 axes"),
         (P(P.UNCONSTRAINED), ValueError, "does not say how the array is split"),
         (P("fsdp", "fsdp"), ValueError, "names the mesh axis 'fsdp' more than once"),
