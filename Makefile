@@ -34,7 +34,7 @@ build: .venv/dev.installed
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv dist pod_training .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # One stamp for each set of extras in pyproject.toml: the demo does not wait for the tests' dependencies.
 .venv/%.installed: pyproject.toml

@@ -21,6 +21,8 @@ TRACE = ROOT / "benchmarks" / "trace.py"
 
 def run(monkeypatch, script, *arguments):
     monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    # As where Python is started with the script, it finds what lies beside it.
+    monkeypatch.syspath_prepend(script.parent)
     # A terminal that is wide enough for the path of the picture.
     monkeypatch.setenv("COLUMNS", "200")
     runpy.run_path(str(script), run_name="__main__")
