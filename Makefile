@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint build clean
+.PHONY: help demo test pods lint build clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   train a small Flax model with and without gradient centralization"
 	@echo "make test   run the tests, the docstrings' examples and the Python blocks of README.md"
+	@echo "make pods   run the tests that compile for a TPU pod; no TPU is needed"
 	@echo "make lint   check format, style and types"
 	@echo "make build  build the wheel and the source distribution into dist/"
 	@echo "make clean  remove the environment and what was built"
@@ -17,6 +18,11 @@ demo: .venv/examples.installed
 
 test: .venv/dev.installed
 	$(BIN)/python -m pytest
+
+# The compiler for TPUs has an environment of its own: where it is installed, JAX looks for a TPU at every start.
+pods: BIN := .venv-pods/bin
+pods: .venv-pods/pods.installed
+	$(BIN)/python -m pytest --noconftest tests/test_tpu_pod.py
 
 lint: .venv/dev.installed
 	$(BIN)/ruff format --check .
@@ -28,11 +34,11 @@ build: .venv/dev.installed
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-pods dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # One stamp for each set of extras in pyproject.toml: the demo does not wait for the tests' dependencies.
-.venv/%.installed: pyproject.toml
-	@echo "Setting up .venv for '$*' (a minute or so)"
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+%.installed: pyproject.toml
+	@echo "Setting up $(@D) for '$(*F)' (a minute or so)"
+	@$(PYTHON) -m venv $(@D)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(*F)]'
 	@touch $@

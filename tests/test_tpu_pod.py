@@ -1,7 +1,13 @@
-"""The count of what a compiled program moves."""
+"""The count of what a compiled program moves, and a pod's program that is compiled without a TPU."""
 
-import importlib
+import importlib.util
+import json
+import math
+import os
 import pathlib
+import re
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -188,3 +194,101 @@ def test_collectives_are_found_in_fusions_and_where_they_are_done(traffic):
     """
     expected = {"all-reduce": (2, ARRAY + 4 * (8 + 2)), "all-gather": (1, 2 * ARRAY)}
     assert traffic.collectives(traffic.parse(program)) == expected
+
+
+@pytest.fixture
+def tpu_pod(monkeypatch):
+    """The benchmark as a module; what it sets in the environment stays in a copy of it."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("tpu_pod")
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize(("name", "parameters"), [("7B", 6_738_415_616), ("70B", 68_976_648_192)])
+def test_the_decoders_are_those_of_llama_2(tpu_pod, name, parameters, scanned):
+    tree = tpu_pod.weights(tpu_pod.DECODERS[name], scanned)
+    leaves = tpu_pod.jax.tree.leaves(tree, is_leaf=tpu_pod.is_weight)
+    assert sum(math.prod(weight.shape) for weight in leaves) == parameters
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--models", "8B", "argument --models: invalid choice"),
+        ("--meshes", "64", "argument --meshes: invalid mesh_shape value"),
+        ("--json", "no/such/folder/pod.json", "argument --json: there is no folder"),
+    ],
+)
+def test_bad_arguments_are_refused(tpu_pod, monkeypatch, capsys, option, value, message):
+    monkeypatch.setattr(sys, "argv", ["tpu_pod.py", option, value])
+    with pytest.raises(SystemExit, match="2"):
+        tpu_pod.main()
+    assert message in capsys.readouterr().err
+
+
+def test_without_libtpu_it_says_what_to_install(tpu_pod, monkeypatch, capsys):
+    monkeypatch.setattr(tpu_pod.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["tpu_pod.py"])
+    with pytest.raises(SystemExit, match="2"):
+        tpu_pod.main()
+    assert "there is no libtpu here; pip install '.[pods]'" in capsys.readouterr().err
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="there is no libtpu; `make pods` runs this"
+)
+
+
+def run(*arguments):
+    command = [sys.executable, BENCHMARKS / "tpu_pod.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """What is printed and written of a decoder that is too large for the memory on the chips."""
+    numbers = tmp_path_factory.mktemp("pod") / "pod.json"
+    finished = run("--models", "small", "--topology", "v5e:2x2", "--meshes", "2x2", "--json", numbers)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout, json.loads(numbers.read_text())
+
+
+@needs_libtpu
+def test_plain_adamw_reads_four_arrays_writes_three_and_sends_nothing(small):
+    _, written = small
+    for run in written["runs"]:
+        plain = run["programs"]["plain"]
+        assert plain["hbm"]["read"] == pytest.approx(4 * run["parameter_bytes"], rel=1e-3)
+        assert plain["hbm"]["written"] == pytest.approx(3 * run["parameter_bytes"], rel=1e-3)
+        assert plain["collectives"] == {}
+
+
+@needs_libtpu
+def test_centralization_reads_the_gradients_once_more_and_sends_the_means(small):
+    _, written = small
+    assert [run["decoder"] for run in written["runs"]] == ["small", "small, scanned"]
+    for run in written["runs"]:
+        plain, centralized = run["programs"]["plain"], run["programs"]["centralized"]
+        assert sum(centralized["hbm"].values()) <= (8 / 7 + 0.02) * sum(plain["hbm"].values())
+        assert centralized["hbm"]["written"] - plain["hbm"]["written"] <= run["mean_bytes"]
+        assert set(centralized["collectives"]) == {"all-reduce"}
+        count, size = centralized["collectives"]["all-reduce"]
+        assert count <= 2
+        assert size <= run["mean_bytes"]
+
+
+@needs_libtpu
+def test_what_is_printed_is_what_was_written(small):
+    printed, written = small
+    for run in written["runs"]:
+        plain, centralized = (sum(program["hbm"].values()) for program in run["programs"].values())
+        row = rf"{run['decoder']} +2x2 +{plain / 2**20:,.2f} +7\.000 +{centralized / plain:.3f} "
+        assert re.search(row, printed), printed
+
+
+@needs_libtpu
+def test_a_mesh_has_every_chip_of_the_pod():
+    finished = run("--topology", "v5e:2x2", "--meshes", "4x4")
+    assert finished.returncode == 2
+    assert "argument --meshes: v5e:2x2 has 4 chips, and not 4x4" in finished.stderr
