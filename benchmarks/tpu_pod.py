@@ -11,8 +11,8 @@ stacked. What is printed is read off two programs, the plain one and the central
   "accessed": the ratio of the compiler's own `bytes accessed`, which counts what is moved on the chip too.
 - Collectives, with the bytes of their results. Means are all-reduced where the inputs of a weight vector are
   on several chips.
-- Temporary memory in HBM. "spilled": what the centralized program writes there that is no result, which is
-  means that find no room on the chip. The rest are tables of the addresses of asynchronous copies.
+- Temporary memory in HBM. "spilled": the bytes that the centralized program writes to HBM and the plain one
+  does not, which are means, and sums that they are made of, where they find no room on the chip.
 
     pip install -e '.[pods]'
     python benchmarks/tpu_pod.py [--models NAME ...] [--topology NAME] [--meshes FSDPxTP ...] [--json PATH]
@@ -35,7 +35,6 @@ import itertools
 import json
 import math
 import platform
-import sys
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -43,7 +42,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import MEGABYTE, writable
+from harness import MEGABYTE, wide_console, writable
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -260,8 +259,7 @@ def main() -> None:
             asked = "x".join(map(str, shape))
             parser.error(f"argument --meshes: {arguments.topology} has {len(devices)} chips, and not {asked}")
 
-    # A file has no width of its own; nothing of a row may be lost in it.
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = wide_console()
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu", "optax"))
     console.print(f"{arguments.topology}, Python {platform.python_version()}, {versions}")
     cases = list(itertools.product(arguments.models, (False, True), arguments.meshes))

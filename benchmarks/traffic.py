@@ -35,8 +35,6 @@ MOVE_NOTHING = {
     "tuple",
     "while",
 }
-# What is started counts where it is done.
-STARTS = ("-start", "-update")
 
 
 class Array(NamedTuple):
@@ -91,10 +89,12 @@ def parse(text: str) -> Program:
         elif found := re.match(r"(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z-]*)\((.*?)\)(?:,|$)", line):
             name, type_, opcode, inputs = found.groups()
             operands = re.findall(r"%([\w.-]+)", inputs)
-            if opcode.endswith(("-update", "-done")):
+            if opcode.endswith("-done"):
                 operands = computation[operands[0]].operands
             opcode = opcode.removesuffix("-done")
             computation[name] = Instruction(opcode, arrays(type_), operands, line)
+        elif " = " in line:
+            raise ValueError(f"an instruction that cannot be read: {line}")
     return Program(computations, entry)
 
 
@@ -159,7 +159,7 @@ def hbm_traffic(program: Program) -> Traffic:
     read = written = 0
     for times, computation in runs(program, program.entry):
         for name, instruction in computation.items():
-            if instruction.opcode not in MOVE_NOTHING and not instruction.opcode.endswith(STARTS):
+            if instruction.opcode not in MOVE_NOTHING and not instruction.opcode.endswith("-start"):
                 read += times * bytes_read(program, computation, name)
                 written += times * bytes_written(program, computation, name)
     return Traffic(read, written)

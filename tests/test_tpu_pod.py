@@ -78,8 +78,7 @@ COUNTED = {
           %p = f32[8,128]{1,0:T(8,128)} parameter(0)
           %row = f32[1,128]{1,0:T(1,128)} slice(%p), slice={[0:1], [0:128]}
           %go = ((f32[8,128]{1,0:T(8,128)}), f32[2,128]{1,0:T(2,128)S(1)}, s32[]{:S(2)}) slice-start(%p)
-          %on = ((f32[8,128]{1,0:T(8,128)}), f32[2,128]{1,0:T(2,128)S(1)}, s32[]{:S(2)}) slice-update(%go)
-          ROOT %in = f32[2,128]{1,0:T(2,128)S(1)} slice-done(%on)
+          ROOT %in = f32[2,128]{1,0:T(2,128)S(1)} slice-done(%go)
         """,
     ),
     "an update in place reads and writes the update": (
@@ -111,7 +110,7 @@ def test_a_fusion_moves_what_it_takes_in_and_gives_out(traffic):
           ROOT %row = f32[1,128]{1,0:T(1,128)} dynamic-slice(%x, %i, %zero), dynamic_slice_sizes={1,128}
         }
 
-        %outer (a: f32[8,128], b: f32[8,128], d: f32[8,128], i: s32[]) -> (f32[8,128], f32[8,128]) {
+        %outer (a: f32[8,128], b: f32[8,128], d: f32[8,128], i: s32[]) -> (f32[8,128], f32[1024]) {
           %b = f32[8,128]{1,0:T(8,128)} parameter(1)
           %a = f32[8,128]{1,0:T(8,128)} parameter(0)
           %d = f32[8,128]{1,0:T(8,128)} parameter(2)
@@ -121,15 +120,16 @@ def test_a_fusion_moves_what_it_takes_in_and_gives_out(traffic):
           %zero = s32[] constant(0)
           %new = f32[8,128]{1,0:T(8,128)} dynamic-update-slice(%d, %row, %i, %zero)
           %twice = f32[8,128]{1,0:T(8,128)} add(%a, %a)
-          ROOT %both = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}) tuple(%twice, %new)
+          %flat = f32[1024]{0:T(1024)} bitcast(%new)
+          ROOT %both = (f32[8,128]{1,0:T(8,128)}, f32[1024]{0:T(1024)}) tuple(%twice, %flat)
         }
 
-        ENTRY %main (a: f32[8,128], b: f32[8,128], d: f32[8,128], i: s32[]) -> (f32[8,128], f32[8,128]) {
+        ENTRY %main (a: f32[8,128], b: f32[8,128], d: f32[8,128], i: s32[]) -> (f32[8,128], f32[1024]) {
           %a = f32[8,128]{1,0:T(8,128)} parameter(0)
           %b = f32[8,128]{1,0:T(8,128)} parameter(1)
           %d = f32[8,128]{1,0:T(8,128)} parameter(2)
           %i = s32[]{:S(2)} parameter(3)
-          ROOT %f = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}) fusion(%a, %b, %d, %i), calls=%outer
+          ROOT %f = (f32[8,128]{1,0:T(8,128)}, f32[1024]{0:T(1024)}) fusion(%a, %b, %d, %i), calls=%outer
         }
     """
     row = ARRAY // 8
@@ -173,6 +173,11 @@ def test_what_cannot_be_counted_is_no_number(traffic):
     """
     with pytest.raises(ValueError, match=r"which branch is run is not known: .*%r"):
         traffic.collectives(traffic.parse(entry(branch)))
+
+
+def test_what_cannot_be_read_is_not_left_out(traffic):
+    with pytest.raises(ValueError, match="an instruction that cannot be read: %p = new"):
+        traffic.parse(entry("  %p = new syntax\n"))
 
 
 def test_collectives_are_found_in_fusions_and_where_they_are_done(traffic):
