@@ -246,14 +246,31 @@ def mesh_shape(given: str) -> tuple[int, int]:
 def main() -> None:
     """Compiles the update of every decoder on every mesh, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=DECODERS, default=["7B", "70B"], metavar="NAME")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=DECODERS,
+        default=["7B", "70B"],
+        metavar="NAME",
+        help=f"of {', '.join(DECODERS)} (default: 7B 70B)",
+    )
     parser.add_argument("--topology", default="v5e:16x16", metavar="NAME", help="(default: v5e:16x16)")
-    parser.add_argument("--meshes", nargs="+", type=mesh_shape, default=[(64, 4)], metavar="FSDPxTP")
+    parser.add_argument(
+        "--meshes",
+        nargs="+",
+        type=mesh_shape,
+        default=[(64, 4)],
+        metavar="FSDPxTP",
+        help="with all chips of the topology (default: 64x4)",
+    )
     parser.add_argument("--json", type=writable, help="also write what was read to this file")
     arguments = parser.parse_args()
     if importlib.util.find_spec("libtpu") is None:
         parser.error("there is no libtpu here; pip install '.[pods]'")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices
+    except jax.errors.JaxRuntimeError as error:
+        parser.error(f"argument --topology: {error}")
     for shape in arguments.meshes:
         if math.prod(shape) != len(devices):
             asked = "x".join(map(str, shape))

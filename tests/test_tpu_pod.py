@@ -293,7 +293,14 @@ def test_what_is_printed_is_what_was_written(small):
 
 
 @needs_libtpu
-def test_a_mesh_has_every_chip_of_the_pod():
-    finished = run("--topology", "v5e:2x2", "--meshes", "4x4")
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v5e:2x2", "argument --meshes: v5e:2x2 has 4 chips, and not 4x4"),
+        ("v0:2x2", "argument --topology: INVALID_ARGUMENT"),
+    ],
+)
+def test_a_pod_that_is_not_or_has_other_chips_is_refused(topology, message):
+    finished = run("--topology", topology, "--meshes", "4x4")
     assert finished.returncode == 2
-    assert "argument --meshes: v5e:2x2 has 4 chips, and not 4x4" in finished.stderr
+    assert message in finished.stderr
