@@ -15,6 +15,8 @@ os.environ["KERAS_BACKEND"] = "jax"
 os.environ["KERAS_HOME"] = tempfile.mkdtemp(prefix="keras-")
 atexit.register(shutil.rmtree, os.environ["KERAS_HOME"])
 
+# Tests are about programs for the CPU unless JAX_PLATFORMS says otherwise, also those in other processes.
+jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
 # Enough devices for a mesh. What is not about devices runs on the first of them.
 jax.config.update("jax_num_cpu_devices", 8)
 
