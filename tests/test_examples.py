@@ -138,3 +138,12 @@ def test_the_table_in_the_readme_is_what_summarize_prints():
     with contextlib.redirect_stdout(printed):
         exec(code, {"__name__": "readme"})
     assert printed.getvalue() == table
+
+
+def test_the_tests_that_the_readme_names_are_there():
+    text = (ROOT / "README.md").read_text()
+    there = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", text)
+    assert len(named) >= 8
+    assert [name for name in named if f"def {name}(" not in there] == []
+    assert [file for file in re.findall(r"`(tests/\w+\.py)`", text) if not (ROOT / file).exists()] == []
