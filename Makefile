@@ -8,7 +8,7 @@ BIN := .venv/bin
 help:
 	@echo "make demo      train a small Flax model with and without gradient centralization"
 	@echo "make demo-pod  train a sharded language model on eight simulated devices"
-	@echo "make test      run the tests, the docstrings' examples and the Python blocks of README.md"
+	@echo "make test      run the tests, the docstrings' examples and the Python blocks of README.md and docs/"
 	@echo "make test-tpu  run the tests that compile for a TPU pod; no TPU is needed"
 	@echo "make lint      check format, style and types"
 	@echo "make build     build the wheel and the source distribution into dist/"

@@ -1,4 +1,4 @@
-"""Settings that every test shares, and the parser that runs the Python blocks of README.md."""
+"""Settings that every test shares, and the parser that runs the Python blocks of README.md and of docs/."""
 
 import atexit
 import os
@@ -25,4 +25,4 @@ jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
 
-pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md"]).pytest()
+pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"]).pytest()
