@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from . import optimizers as optimizers
 from ._axes import WeightAxes as WeightAxes
 from ._axes import conv_only as conv_only
 from ._axes import out_first as out_first
