@@ -1,11 +1,13 @@
 """What each of optax's optimizers has to be given, for the tests that go through all of them."""
 
+import functools
 import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 from gc_optax import optimizers
 
@@ -16,21 +18,22 @@ def _normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-PARAMS = {
-    "first": {"kernel": _normal(0, 4, 3), "bias": _normal(1, 3)},
-    "second": {"kernel": _normal(2, 3, 2)},
-}
-AXES = {"first": {"kernel": 0, "bias": None}, "second": {"kernel": 0}}
-_INPUTS = _normal(3, 8, 4)
+PARAMS = {"layer": {"kernel": _normal(0, 5, 3), "bias": _normal(1, 3)}}
+AXES = {"layer": {"kernel": 0, "bias": None}}
+_INPUTS = _normal(2, 8, 5)
 
 
 def loss(params):
     """A regression whose target is far away, so that the gradient of a weight vector has a large mean."""
-    hidden = jnp.tanh(_INPUTS @ params["first"]["kernel"] + params["first"]["bias"])
-    return jnp.mean((hidden @ params["second"]["kernel"] - 2.0) ** 2)
+    outputs = jnp.tanh(_INPUTS @ params["layer"]["kernel"]) + params["layer"]["bias"]
+    return jnp.mean((outputs.sum(axis=1) - 5.0) ** 2)
 
 
 GRADIENTS = jax.jit(jax.grad(loss))(PARAMS)
+
+
+def theirs(name):
+    return getattr(optax.contrib, name, None) or getattr(optax, name)
 
 
 # Those that learn their rate start small by default, and would not get far in the steps of a test.
@@ -47,6 +50,7 @@ _ARGUMENTS = {
 }
 
 
+@functools.cache
 def arguments(name):
     """What the optimizer is made with: as little as it takes, and weight decay where it has any."""
     parameters = inspect.signature(getattr(optimizers, name)).parameters
@@ -58,7 +62,7 @@ def arguments(name):
     return _ARGUMENTS.get(name, {"learning_rate": 1e-2}) | decay
 
 
-def extra_arguments(name, params=PARAMS):
+def extra_arguments(name, params):
     """What the optimizer's `update` has to be given."""
     if name == "lbfgs":
         return {"value": loss(params), "grad": jax.grad(loss)(params), "value_fn": loss}
@@ -67,5 +71,10 @@ def extra_arguments(name, params=PARAMS):
     return {"obj_fn": loss} if name == "sophia" else {}
 
 
+@functools.cache
+def extra_arguments_at_first(name):
+    return extra_arguments(name, PARAMS)
+
+
 def weight_sums(params):
-    return [params[layer]["kernel"].sum(0) for layer in ("first", "second")]
+    return params["layer"]["kernel"].sum(0)

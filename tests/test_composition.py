@@ -1,0 +1,249 @@
+"""Every optimizer of optax, centralized in three ways, inside everything that optax and Flax put around one.
+
+Two steps each, op by op, so that an operation on one shape is compiled once for all of them. That they can be
+traced, and their states then keep structure, shapes and dtypes, is all that `jit` asks for besides.
+"""
+
+import functools
+import inspect
+
+import chex
+import jax
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from optimizer_cases import (
+    AXES,
+    GRADIENTS,
+    NAMES,
+    PARAMS,
+    arguments,
+    extra_arguments_at_first,
+    loss,
+    theirs,
+    weight_sums,
+)
+
+import gc_optax.nnx
+from gc_optax import centralize, optimizers
+
+pytestmark = pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated:DeprecationWarning")
+
+
+# Ways to centralize. Each gives a factory that takes the arguments of optax's.
+
+
+def in_a_chain(centralization, factory):
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        return optax.chain(centralization, factory(*args, **kwargs))
+
+    return make
+
+
+def drop_in(centralization, name, where):
+    return functools.partial(getattr(optimizers, name), centralization=centralization, where=where)
+
+
+def spied(factory, seen):
+    """The optimizer, which leaves in `seen` the gradients that it is given."""
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        inner = optax.with_extra_args_support(factory(*args, **kwargs))
+
+        def update(updates, state, params=None, **extra_args):
+            if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(updates)):
+                seen.append(updates)
+            return inner.update(updates, state, params, **extra_args)
+
+        return optax.GradientTransformationExtraArgs(inner.init, update)
+
+    return make
+
+
+# What is put around an optimizer. Each makes a transformation of a factory and its arguments.
+
+
+def around(wrap):
+    return lambda factory, given: wrap(factory(**given))
+
+
+def inject_hyperparams(factory, given):
+    # The arguments of optax's that must stay the numbers and the functions that they are.
+    static = {"clip_value_fn", "dtype_momentum", "memory_size", "min_dim_size_to_factor", "rank"}
+    static &= set(inspect.signature(factory).parameters)
+    return optax.inject_hyperparams(factory, static_args=static)(**given)
+
+
+def by_leaf(kernel, bias):
+    return {"layer": {"kernel": kernel, "bias": bias}}
+
+
+def sam(optimizer):
+    adversary = optax.chain(centralize(AXES), optax.contrib.normalize(), optax.sgd(0.05))
+    return optax.contrib.sam(optimizer, adversary)
+
+
+WRAPPERS = {
+    "plain": around(lambda optimizer: optimizer),
+    "MultiSteps": around(lambda optimizer: optax.MultiSteps(optimizer, 2)),
+    "skip_not_finite": around(
+        lambda optimizer: optax.MultiSteps(optimizer, 1, should_skip_update_fn=optax.skip_not_finite)
+    ),
+    "apply_if_finite": around(lambda optimizer: optax.apply_if_finite(optimizer, 2)),
+    "lookahead": around(lambda optimizer: optax.lookahead(optimizer, 2, 0.5)),
+    "masked": around(lambda optimizer: optax.masked(optimizer, by_leaf(True, False))),
+    "partition": around(
+        lambda optimizer: optax.partition({"gc": optimizer, "plain": optax.sgd(1e-2)}, by_leaf("gc", "plain"))
+    ),
+    "inject_hyperparams": inject_hyperparams,
+    "sam": around(sam),
+    "schedule_free": around(lambda optimizer: optax.contrib.schedule_free(optimizer, 1e-2)),
+    "mechanize": around(optax.contrib.mechanize),
+    "reduce_on_plateau": around(lambda optimizer: optax.chain(optimizer, optax.contrib.reduce_on_plateau())),
+    "clip before": around(lambda optimizer: optax.chain(optax.clip_by_global_norm(0.1), optimizer)),
+    "clip after": around(lambda optimizer: optax.chain(optimizer, optax.clip_by_global_norm(0.1))),
+    "named_chain": around(
+        lambda optimizer: optax.named_chain(("optimizer", optimizer), ("half", optax.scale(0.5)))
+    ),
+    "freeze": around(lambda optimizer: optax.chain(optimizer, optax.freeze(by_leaf(False, True)))),
+    "tree_map_params": around(lambda optimizer: optimizer),
+    "nnx.Optimizer": around(lambda optimizer: optimizer),
+    "TrainState": around(lambda optimizer: optimizer),
+}
+
+
+# How the steps are taken. Each gives the parameters afterwards.
+
+
+def take_steps(transformation, extra, prepare=lambda transformation, state: state):
+    params, state = PARAMS, prepare(transformation, transformation.init(PARAMS))
+    for _ in range(2):
+        updates, new_state = transformation.update(GRADIENTS, state, params, **extra)
+        params = optax.apply_updates(params, updates)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+        state = new_state
+    with jax.disable_jit(False):
+        traced = jax.eval_shape(lambda state: transformation.update(GRADIENTS, state, params, **extra), state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(traced, (PARAMS, state))
+    return params
+
+
+def map_params(transformation, state):
+    mapped = optax.tree_map_params(transformation, lambda leaf: leaf + 0, state)
+    chex.assert_trees_all_equal_structs(mapped, state)
+    return mapped
+
+
+def take_steps_of_lookahead(transformation, extra):
+    params = optax.LookaheadParams.init_synced(PARAMS)
+    state = transformation.init(params)
+    for _ in range(2):
+        updates, state = transformation.update(GRADIENTS, state, params, **extra)
+        params = optax.apply_updates(params, updates)
+    chex.assert_trees_all_close(params.fast, params.slow, rtol=0, atol=1e-6)
+    return params.fast
+
+
+class Layer(nnx.Module):
+    def __init__(self, params):
+        self.kernel, self.bias = nnx.Param(params["kernel"]), nnx.Param(params["bias"])
+
+
+class Model(nnx.Module):
+    def __init__(self, params):
+        self.layer = Layer(params["layer"])
+
+
+def params_of(model):
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def take_steps_in_nnx(transformation, extra):
+    model = Model(PARAMS)
+    optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
+    gradients = nnx.state(Model(GRADIENTS), nnx.Param)
+    for _ in range(2):
+        optimizer.update(model, gradients, **extra | ({"grad": gradients} if "grad" in extra else {}))
+    return params_of(model)
+
+
+def take_steps_in_a_train_state(transformation, extra):
+    state = TrainState.create(apply_fn=None, params=PARAMS, tx=transformation)
+    for _ in range(2):
+        state = state.apply_gradients(grads=GRADIENTS, **extra)
+    return state.params
+
+
+STEPS = {
+    "lookahead": take_steps_of_lookahead,
+    "tree_map_params": functools.partial(take_steps, prepare=map_params),
+    "nnx.Optimizer": take_steps_in_nnx,
+    "TrainState": take_steps_in_a_train_state,
+}
+VALUE = loss(PARAMS)
+
+
+def run(wrapper, name, factory):
+    extra = extra_arguments_at_first(name) | ({"value": VALUE} if wrapper == "reduce_on_plateau" else {})
+    with jax.disable_jit():
+        return STEPS.get(wrapper, take_steps)(WRAPPERS[wrapper](factory, arguments(name)), extra)
+
+
+# What they cannot do with an optimizer, centralized or not.
+_NEED_EXTRA_ARGUMENTS = ["lbfgs", "momo", "momo_adam", "polyak_sgd", "sophia"]
+_HAVE_A_BOOL = ["dog", "optimistic_adam", "optimistic_adam_v2", "optimistic_gradient_descent"]
+_MASKED = "masks the parameters, but not the function of all of them that is an extra argument"
+_REASONS = [
+    ("lookahead", _NEED_EXTRA_ARGUMENTS, "passes no extra arguments on"),
+    ("sam", _NEED_EXTRA_ARGUMENTS, "passes no extra arguments on"),
+    ("sam", ["noisy_sgd"], "chooses between states by multiplying them, and a key cannot be multiplied"),
+    ("sam", _HAVE_A_BOOL, "chooses between states by multiplying them, which makes an int of a bool"),
+    ("TrainState", _NEED_EXTRA_ARGUMENTS, "passes no extra arguments on"),
+    ("masked", ["lbfgs", "sophia"], _MASKED),
+    ("partition", ["lbfgs", "sophia"], _MASKED),
+    (
+        "tree_map_params",
+        ["lbfgs"],
+        "its placeholder for parameters has no dtype, which the line search needs",
+    ),
+]
+UPSTREAM = {(wrapper, name): reason for wrapper, names, reason in _REASONS for name in names}
+COMBINATIONS = [(wrapper, name) for wrapper in WRAPPERS for name in NAMES if (wrapper, name) not in UPSTREAM]
+
+
+@functools.cache
+def centralization_for(wrapper):
+    """With a full tree of axes: for the parameters, or for those of the model."""
+    if wrapper != "nnx.Optimizer":
+        return centralize(AXES)
+    return centralize(
+        gc_optax.nnx.infer_axes(lambda model: loss(params_of(model)), Model(PARAMS), wrt=nnx.Param)
+    )
+
+
+@pytest.mark.parametrize(("wrapper", "name"), COMBINATIONS)
+def test_composes(wrapper, name):
+    centralization, seen = centralization_for(wrapper), []
+    chained = run(wrapper, name, in_a_chain(centralization, spied(theirs(name), seen)))
+    before = run(wrapper, name, drop_in(centralization, name, "gradients"))
+    after = run(wrapper, name, drop_in(centralization, name, "updates"))
+
+    for params in (chained, before, after):
+        chex.assert_trees_all_equal_shapes_and_dtypes(params, PARAMS)
+    chex.assert_trees_all_close(before, chained, rtol=0, atol=1e-6)
+
+    assert seen
+    for gradients in seen:
+        np.testing.assert_allclose(weight_sums(gradients), 0, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(weight_sums(after), weight_sums(PARAMS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("wrapper", "name"), UPSTREAM)
+def test_what_does_not_compose_would_not_without_centralization(wrapper, name):
+    with pytest.raises((AssertionError, IndexError, TypeError, ValueError)):
+        run(wrapper, name, theirs(name))
