@@ -235,9 +235,26 @@ def settle(params: PyTree, axes: Axes, mask: Mask) -> list[WeightAxes]:
     return [_settle_leaf(*leaf, keep) for leaf, (_, _, keep) in zip(given, kept, strict=True)]
 
 
+_OUTSIDE_OF_FLATTEN = (
+    "If optax.flatten made one vector of all parameters, put the centralization around it: "
+    "optax.chain(gc_optax.centralize(...), optax.flatten(optimizer))"
+)
+
+
 def warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes]) -> None:
-    """Warns, once for all of them, of the centralized kernels that `out_last` can only guess at."""
+    """Warns, once for all of them, of the centralized kernels that `out_last` can only guess at.
+
+    Also of a lone vector, which is what `optax.flatten` shows of the parameters that it is given.
+    """
     places, _ = jtu.tree_flatten_with_path(params)
+    if [(path, np.ndim(leaf)) for path, leaf in places] == [((), 1)]:
+        warnings.warn(
+            "the parameters are a single vector without a name, in which gc_optax finds no weight vectors: "
+            f"nothing is centralized. {_OUTSIDE_OF_FLATTEN}. If there is nothing to centralize, "
+            "centralize(gc_optax.out_last) says nothing.",
+            UserWarning,
+            stacklevel=stacklevel_of_the_user(),
+        )
     absent = map(is_absent, jax.tree.leaves(params, is_leaf=is_absent))
     present = [axes for axes, left_out in zip(settled, absent, strict=True) if not left_out]
     doubtful = [
@@ -518,9 +535,12 @@ def _as_weight_axes(given: Any, where: str) -> WeightAxes:
         return WeightAxes(fan_in, _axis_tuple(given.output_axis, where), why="MuonDimensionNumbers")
     if _is_axis(given) or type(given) is tuple:  # a NamedTuple is something else
         return WeightAxes(_axis_tuple(given, where), why="given by axes")
+    hint = "; a tree of bools is a mask" if isinstance(given, bool) else ""
+    if where.startswith(_at(())):
+        hint = f". {_OUTSIDE_OF_FLATTEN}"
     raise TypeError(
         f"axes for {where} must be a WeightAxes, an int, a tuple of ints, a MuonDimensionNumbers or None, "
-        f"got {describe(given)}" + ("; a tree of bools is a mask" if isinstance(given, bool) else "")
+        f"got {describe(given)}{hint}"
     )
 
 

@@ -9,6 +9,7 @@ import inspect
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
@@ -28,7 +29,7 @@ from optimizer_cases import (
 )
 
 import gc_optax.nnx
-from gc_optax import centralize, optimizers
+from gc_optax import centralize, centralized, optimizers, out_last
 
 pytestmark = pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated:DeprecationWarning")
 
@@ -247,3 +248,82 @@ def test_composes(wrapper, name):
 def test_what_does_not_compose_would_not_without_centralization(wrapper, name):
     with pytest.raises((AssertionError, IndexError, TypeError, ValueError)):
         run(wrapper, name, theirs(name))
+
+
+# What a wrapper hides from us
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flatten_around_a_tree_of_axes_is_refused(name):
+    for make in (
+        in_a_chain(centralize(AXES), theirs(name)),
+        drop_in(centralize(AXES), name, "gradients"),
+        drop_in(centralize(AXES), name, "updates"),
+    ):
+        with pytest.raises(TypeError, match=r"axes for the root, shape \(18,\).* If optax\.flatten made"):
+            optax.flatten(make(**arguments(name))).init(PARAMS)
+
+
+@pytest.mark.parametrize("where", ["gradients", "updates"])
+def test_flatten_around_the_default_warns_that_nothing_is_centralized(where):
+    for make in (drop_in(None, "adam", where), in_a_chain(centralize(), optax.adam)):
+        with pytest.warns(UserWarning, match=r"single vector.*optax\.flatten"):
+            optax.flatten(make(1e-2)).init(PARAMS)
+
+
+def test_a_model_that_is_one_vector_can_do_without_the_warning():
+    optimizer = optimizers.sgd(1.0, centralization=centralize(out_last))
+    updates, _ = optimizer.update(jnp.ones(3), optimizer.init(jnp.ones(3)))
+    np.testing.assert_array_equal(updates, -1)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("lbfgs", "sophia")])
+def test_flatten_inside_works(name):
+    optimizer = centralized(optax.flatten(theirs(name)(**arguments(name))), centralize(AXES), where="updates")
+    with jax.disable_jit():
+        params = take_steps(optimizer, extra_arguments_at_first(name))
+    np.testing.assert_allclose(weight_sums(params), weight_sums(PARAMS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "sophia"])
+def test_flatten_alone_hides_the_parameters_from_a_function_of_them(name):
+    with jax.disable_jit(), pytest.raises((IndexError, TypeError, ValueError)):
+        take_steps(optax.flatten(theirs(name)(**arguments(name))), extra_arguments_at_first(name))
+
+
+@pytest.mark.filterwarnings('ignore:"seed" is deprecated:DeprecationWarning')  # optax's own call
+def test_the_updates_of_dpsgd_can_be_centralized():
+    dpsgd = optax.contrib.dpsgd(0.1, l2_norm_clip=1.0, noise_multiplier=0.1, seed=0)
+    optimizer = centralized(dpsgd, centralize(AXES), where="updates")
+    of_examples = jax.tree.map(lambda g: jnp.stack([g, 2 * g]), GRADIENTS)
+    updates, _ = optimizer.update(of_examples, optimizer.init(PARAMS), PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, PARAMS)
+    np.testing.assert_allclose(weight_sums(updates), 0, rtol=0, atol=1e-6)
+
+
+# inject_hyperparams
+
+
+@pytest.mark.parametrize("where", ["gradients", "updates"])
+def test_injected_hyperparameters_are_those_of_optax(where):
+    plain = optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2)
+    ours = optax.inject_hyperparams(optimizers.adamw)(
+        learning_rate=1e-2, centralization=centralize(AXES), where=where
+    )
+    state = ours.init(PARAMS)
+    chex.assert_trees_all_equal(state, plain.init(PARAMS))
+    updates, _ = ours.update(GRADIENTS, state, PARAMS)
+    state.hyperparams["learning_rate"] *= 2
+    doubled, _ = ours.update(GRADIENTS, state, PARAMS)
+    chex.assert_trees_all_close(doubled, jax.tree.map(lambda u: 2 * u, updates), rtol=1e-5)
+
+
+def test_a_schedule_can_be_injected_with_the_default_centralization():
+    schedule = optax.linear_schedule(1.0, 0.0, 1)
+    optimizer = optax.inject_hyperparams(optimizers.sgd)(learning_rate=schedule)
+    state = optimizer.init(PARAMS)
+    first, state = optimizer.update(GRADIENTS, state, PARAMS)
+    expected = -GRADIENTS["layer"]["kernel"] + GRADIENTS["layer"]["kernel"].mean(0)
+    np.testing.assert_allclose(first["layer"]["kernel"], expected, rtol=0, atol=1e-6)
+    second, _ = optimizer.update(GRADIENTS, state, PARAMS)
+    np.testing.assert_array_equal(second["layer"]["kernel"], 0)
