@@ -73,10 +73,17 @@ def around(wrap):
     return lambda factory, given: wrap(factory(**given))
 
 
+# Arguments of optax's that `inject_hyperparams` makes arrays and schedules of, unless told not to.
+STATIC = {
+    "adafactor": "min_dim_size_to_factor",
+    "adopt": "clip_value_fn",
+    "galore": "rank",
+    "lbfgs": "memory_size",
+}
+
+
 def inject_hyperparams(factory, given):
-    # The arguments of optax's that must stay the numbers and the functions that they are.
-    static = {"clip_value_fn", "dtype_momentum", "memory_size", "min_dim_size_to_factor", "rank"}
-    static &= set(inspect.signature(factory).parameters)
+    static = set(STATIC.values()) & set(inspect.signature(factory).parameters)
     return optax.inject_hyperparams(factory, static_args=static)(**given)
 
 
@@ -316,6 +323,17 @@ def test_injected_hyperparameters_are_those_of_optax(where):
     state.hyperparams["learning_rate"] *= 2
     doubled, _ = ours.update(GRADIENTS, state, PARAMS)
     chex.assert_trees_all_close(doubled, jax.tree.map(lambda u: 2 * u, updates), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(STATIC) & set(NAMES)))
+def test_static_arguments_are_needed_without_centralization_too(name):
+    optimizer = optax.inject_hyperparams(theirs(name))(**arguments(name))
+
+    def step():
+        return optimizer.update(GRADIENTS, optimizer.init(PARAMS), PARAMS, **extra_arguments_at_first(name))
+
+    with pytest.raises((TypeError, jax.errors.TracerBoolConversionError)):
+        jax.eval_shape(step)
 
 
 def test_a_schedule_can_be_injected_with_the_default_centralization():
