@@ -3,11 +3,12 @@
 Each is `gc_optax.centralized` of optax's own, made from the factory in the installed optax: with its
 signature, defaults and documentation, and with the keyword-only arguments `centralization` and `where`. A new
 optimizer of optax is here without a line; the lines below are for type checkers. These see optax's parameters
-and the two; in a call that has one of the two, they check these two alone.
+and the two (mypy with `follow_untyped_imports` for `optax.*`); in a call with one of the two, they check that.
 
-What needs more than a learning rate is not here. To what wraps an optimizer, as `schedule_free`, `mechanize`
-and `sam` of `optax.contrib` do, give a centralized one. `optax.contrib.dpsgd` takes a gradient for each
-example, with an axis in front, so that its updates alone can be centralized, by `gc_optax.centralized`.
+What needs more than a learning rate is not here. To what wraps optimizers, as `schedule_free`, `mechanize`
+and `sam` of `optax.contrib` do, give centralized ones; to `sam` as the adversary too. `optax.contrib.dpsgd`
+takes a gradient for each example, with an axis in front, so that its updates alone can be centralized, by
+`gc_optax.centralized`.
 
 There are states that `where="updates"` does not reach. One is the averages of `schedule_free_sgd` and
 `schedule_free_adamw`: their sums move, and stay where `schedule_free` wraps a centralized optimizer. Another
@@ -29,7 +30,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, cast, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, cast, overload
 
 import optax
 import optax.contrib
@@ -37,8 +38,8 @@ import optax.contrib
 from ._centralize import Where, centralized
 
 _P = ParamSpec("_P")
-_Given = optax.GradientTransformation | None
-_Made = optax.GradientTransformationExtraArgs
+_Given: TypeAlias = optax.GradientTransformation | None
+_Made: TypeAlias = optax.GradientTransformationExtraArgs
 
 _ADDED_DOCUMENTATION = """
   centralization: What centralizes, `gc_optax.centralize()` by default.
@@ -130,6 +131,8 @@ else:
 
     @functools.cache  # Not in the module's globals: doctest would find optax's own examples there.
     def __getattr__(name):
+        if name == "__all__":
+            return __dir__()
         factory = vars(optax.contrib).get(name) or vars(optax).get(name)
         if not _is_optimizer(name, factory):
             raise AttributeError(

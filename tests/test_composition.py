@@ -1,6 +1,6 @@
 """Every optimizer of optax, centralized in three ways, inside everything that optax and Flax put around one.
 
-Two steps each, op by op, so that an operation on one shape is compiled once for all of them. That they can be
+A few steps each, op by op, so that an operation on one shape is compiled once for all of them. That they can be
 traced, and their states then keep structure, shapes and dtypes, is all that `jit` asks for besides.
 """
 
@@ -111,7 +111,7 @@ WRAPPERS = {
     "inject_hyperparams": inject_hyperparams,
     "sam": around(sam),
     "schedule_free": around(lambda optimizer: optax.contrib.schedule_free(optimizer, 1e-2)),
-    "mechanize": around(optax.contrib.mechanize),
+    "mechanize": around(lambda optimizer: optax.contrib.mechanize(optimizer, s_init=1.0)),
     "reduce_on_plateau": around(lambda optimizer: optax.chain(optimizer, optax.contrib.reduce_on_plateau())),
     "clip before": around(lambda optimizer: optax.chain(optax.clip_by_global_norm(0.1), optimizer)),
     "clip after": around(lambda optimizer: optax.chain(optimizer, optax.clip_by_global_norm(0.1))),
@@ -128,9 +128,9 @@ WRAPPERS = {
 # How the steps are taken. Each gives the parameters afterwards.
 
 
-def take_steps(transformation, extra, prepare=lambda transformation, state: state):
+def take_steps(transformation, extra, prepare=lambda transformation, state: state, steps=2):
     params, state = PARAMS, prepare(transformation, transformation.init(PARAMS))
-    for _ in range(2):
+    for _ in range(steps):
         updates, new_state = transformation.update(GRADIENTS, state, params, **extra)
         params = optax.apply_updates(params, updates)
         chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
@@ -188,6 +188,9 @@ def take_steps_in_a_train_state(transformation, extra):
 
 
 STEPS = {
+    # Every other step is one of the optimizer's, and the first step of some is zero.
+    "MultiSteps": functools.partial(take_steps, steps=4),
+    "sam": functools.partial(take_steps, steps=4),
     "lookahead": take_steps_of_lookahead,
     "tree_map_params": functools.partial(take_steps, prepare=map_params),
     "nnx.Optimizer": take_steps_in_nnx,
@@ -202,25 +205,29 @@ def run(wrapper, name, factory):
         return STEPS.get(wrapper, take_steps)(WRAPPERS[wrapper](factory, arguments(name)), extra)
 
 
-# What they cannot do with an optimizer, centralized or not.
+# What they cannot do with an optimizer, centralized or not, and the error that says so.
 _NEED_EXTRA_ARGUMENTS = ["lbfgs", "momo", "momo_adam", "polyak_sgd", "sophia"]
 _HAVE_A_BOOL = ["dog", "optimistic_adam", "optimistic_adam_v2", "optimistic_gradient_descent"]
+_NOT_PASSED_ON = "passes no extra arguments on"
 _MASKED = "masks the parameters, but not the function of all of them that is an extra argument"
 _REASONS = [
-    ("lookahead", _NEED_EXTRA_ARGUMENTS, "passes no extra arguments on"),
-    ("sam", _NEED_EXTRA_ARGUMENTS, "passes no extra arguments on"),
-    ("sam", ["noisy_sgd"], "chooses between states by multiplying them, and a key cannot be multiplied"),
-    ("sam", _HAVE_A_BOOL, "chooses between states by multiplying them, which makes an int of a bool"),
-    ("TrainState", _NEED_EXTRA_ARGUMENTS, "passes no extra arguments on"),
-    ("masked", ["lbfgs", "sophia"], _MASKED),
-    ("partition", ["lbfgs", "sophia"], _MASKED),
+    ("lookahead", _NEED_EXTRA_ARGUMENTS, _NOT_PASSED_ON, "unexpected keyword argument"),
+    ("sam", _NEED_EXTRA_ARGUMENTS, _NOT_PASSED_ON, "unexpected keyword argument"),
     (
-        "tree_map_params",
-        ["lbfgs"],
-        "its placeholder for parameters has no dtype, which the line search needs",
+        "sam",
+        ["noisy_sgd"],
+        "chooses between states by multiplying them, also keys",
+        "multiply does not accept",
     ),
+    ("sam", _HAVE_A_BOOL, "chooses between states by multiplying them, also bools", r"types: int32 != bool"),
+    ("TrainState", _NEED_EXTRA_ARGUMENTS, _NOT_PASSED_ON, "required keyword-only|obj_fn must be provided"),
+    ("masked", ["lbfgs"], _MASKED, "pytree structure error"),
+    ("masked", ["sophia"], _MASKED, "MaskedNode"),
+    ("partition", ["lbfgs"], _MASKED, "pytree structure error"),
+    ("partition", ["sophia"], _MASKED, "MaskedNode"),
+    ("tree_map_params", ["lbfgs"], "its placeholder for parameters has no leaves", "list index out of range"),
 ]
-UPSTREAM = {(wrapper, name): reason for wrapper, names, reason in _REASONS for name in names}
+UPSTREAM = {(wrapper, name): error for wrapper, names, _, error in _REASONS for name in names}
 COMBINATIONS = [(wrapper, name) for wrapper in WRAPPERS for name in NAMES if (wrapper, name) not in UPSTREAM]
 
 
@@ -249,11 +256,14 @@ def test_composes(wrapper, name):
     for gradients in seen:
         np.testing.assert_allclose(weight_sums(gradients), 0, rtol=0, atol=1e-5)
     np.testing.assert_allclose(weight_sums(after), weight_sums(PARAMS), rtol=0, atol=1e-5)
+    alone = run(wrapper, name, theirs(name))
+    assert np.max(abs(weight_sums(alone) - weight_sums(PARAMS))) > 1e-5, "the optimizer alone moves the sums"
 
 
 @pytest.mark.parametrize(("wrapper", "name"), UPSTREAM)
 def test_what_does_not_compose_would_not_without_centralization(wrapper, name):
-    with pytest.raises((AssertionError, IndexError, TypeError, ValueError)):
+    errors = (AssertionError, IndexError, TypeError, ValueError)
+    with pytest.raises(errors, match=UPSTREAM[wrapper, name]):
         run(wrapper, name, theirs(name))
 
 

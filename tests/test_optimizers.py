@@ -134,6 +134,25 @@ def test_doctest_does_not_find_the_examples_of_optax():
     assert found.name == "gc_optax.optimizers"
 
 
+def test_a_star_import_gives_the_optimizers():
+    names = {}
+    exec("from gc_optax.optimizers import *", names)
+    assert names.keys() - {"__builtins__"} == set(NAMES)
+
+
+def test_people_who_let_mypy_ignore_that_optax_is_untyped_have_no_errors(tmp_path):
+    api = pytest.importorskip("mypy.api", reason="mypy is for developers")
+    (tmp_path / "mypy.ini").write_text("[mypy]\nignore_missing_imports = true\n")
+    (tmp_path / "user.py").write_text(
+        "from gc_optax.optimizers import adamw\n"
+        'optimizer = adamw(1e-3, where="updates")\n'
+        "state = optimizer.init({})\n"
+    )
+    flags = ["--config-file", str(tmp_path / "mypy.ini"), "--cache-dir", str(tmp_path / "cache")]
+    printed, errors, code = api.run([*flags, "--follow-imports", "silent", str(tmp_path / "user.py")])
+    assert (code, errors) == (0, ""), printed
+
+
 # What they do
 
 
