@@ -3,7 +3,7 @@
 Each is `gc_optax.centralized` of optax's own, made from the factory in the installed optax: with its
 signature, defaults and documentation, and with the keyword-only arguments `centralization` and `where`. A new
 optimizer of optax is here without a line; the lines below are for type checkers. These see optax's parameters
-and the two (mypy with `follow_untyped_imports` for `optax.*`); in a call with one of the two, they check that.
+and the two (mypy with `follow_untyped_imports` for `optax.*`), but in a call with one of the two only that.
 
 What needs more than a learning rate is not here. To what wraps optimizers, as `schedule_free`, `mechanize`
 and `sam` of `optax.contrib` do, give centralized ones; to `sam` as the adversary too. `optax.contrib.dpsgd`

@@ -1,6 +1,6 @@
 """Every optimizer of optax, centralized in three ways, inside everything that optax and Flax put around one.
 
-A few steps each, op by op, so that an operation on one shape is compiled once for all of them. That they can be
+A few steps each, op by op, so that an operation on one shape is compiled once for all. That they can be
 traced, and their states then keep structure, shapes and dtypes, is all that `jit` asks for besides.
 """
 
