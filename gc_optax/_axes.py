@@ -536,7 +536,7 @@ def _as_weight_axes(given: Any, where: str) -> WeightAxes:
     if _is_axis(given) or type(given) is tuple:  # a NamedTuple is something else
         return WeightAxes(_axis_tuple(given, where), why="given by axes")
     hint = "; a tree of bools is a mask" if isinstance(given, bool) else ""
-    if where.startswith(_at(())):
+    if where.startswith(_at(())) and not jtu.all_leaves([given]):
         hint = f". {_OUTSIDE_OF_FLATTEN}"
     raise TypeError(
         f"axes for {where} must be a WeightAxes, an int, a tuple of ints, a MuonDimensionNumbers or None, "

@@ -643,3 +643,8 @@ def test_kernels_that_are_masked_out_are_not_warned_of():
 def test_the_pure_function_warns_too():
     with pytest.warns(UserWarning, match=re.escape("the root, shape (2, 3, 4)")):
         gc_optax.centralize_gradients(jnp.ones((2, 3, 4)))
+
+
+def test_a_bool_for_a_single_array_is_still_told_that_it_is_a_mask():
+    with pytest.raises(TypeError, match=r"for the root, shape .* got True; a tree of bools is a mask"):
+        settled(True, params=jnp.ones((3, 2)))
