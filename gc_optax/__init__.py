@@ -12,6 +12,6 @@ from ._centralize import centralize_gradients as centralize_gradients
 from ._centralize import centralized as centralized
 from ._report import removed_fraction as removed_fraction
 from ._report import summarize as summarize
-from ._trace import infer_axes as infer_axes
+from ._infer import infer_axes as infer_axes
 
 __version__ = _version("gc_optax")

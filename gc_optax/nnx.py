@@ -9,7 +9,7 @@ except ImportError as error:
     raise ImportError("gc_optax.nnx needs Flax: pip install 'gc_optax[flax]'") from error
 
 from ._axes import PyTree
-from ._trace import infer_axes as _infer_axes
+from ._infer import infer_axes as _infer_axes
 
 
 def infer_axes(

@@ -1,0 +1,168 @@
+"""Rules of what is computed entry by entry: sums, products, and functions of one entry."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from ._indices import is_distinct
+from ._origins import Dims, Made, Origin, big, union
+from ._program import shape_of
+from ._rules import Step, absorbed, backwards, forwards
+from ._uses import BATCH, IN, NONE, OUT, SUM, TOTAL, Dim, Use, Uses, labeled
+
+UNCHANGED = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint")
+SCALING = ("mul", "div", "neg", "select_n", "and", *UNCHANGED)
+SUMS = ("add", "add_any", "sub")
+LINEAR = (*SUMS, *SCALING)
+CHOICES = ("select_n", "max", "min", "clamp")
+ENTRY_BY_ENTRY = (
+    *LINEAR,
+    *("abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh"),
+    *("bessel_i0e", "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex"),
+    *("conj", "cos", "cosh", "digamma", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1"),
+    *("floor", "ge", "gt", "igamma", "igammac", "imag", "integer_pow", "is_finite", "le", "le_to"),
+    *("lgamma", "log", "log1p", "logistic", "lt", "lt_to", "max", "min", "ne", "nextafter", "not", "or"),
+    *("polygamma", "population_count", "pow", "real", "regularized_incomplete_beta", "rem", "round"),
+    *("rsqrt", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh"),
+    *("sqrt", "square", "tan", "tanh", "xor", "zeta"),
+)
+WHY = "a bias, a scale or a gate"
+
+
+@forwards("iota")
+def _iota(eqn: Any, ins: list[Origin], var: Any) -> Origin:
+    return Origin(Made.CONSTANT, frozenset({eqn.params["dimension"]}))
+
+
+@forwards(*ENTRY_BY_ENTRY)
+def _entry_by_entry(eqn: Any, ins: list[Origin], var: Any) -> Origin:
+    name, rank = eqn.primitive.name, len(shape_of(var))
+    kernels = [origin for origin in ins if origin.has_params]
+    owned = union(origin.varies - origin.along for origin in kernels)
+    data = [o for o in ins if (o.is_array or o.made == Made.DATA) and not _is_constant(name, o, owned)]
+    made, mixed = max(origin.made for origin in kernels or ins), max((k.mixed for k in kernels), default=0)
+    if kernels and data:
+        is_kernel = _may_be_kernel(name, ins, data, owned, len(big(shape_of(var))))
+        made, mixed = Made.EITHER if is_kernel else Made.DATA, 2 if name in SUMS else mixed
+    scaled = [o.varies for o in data if o.made == Made.DATA or not o.varies <= owned]
+    along = union([*scaled, *(kernel.along for kernel in kernels)])
+    hot = frozenset(dim for dim in range(rank) if _is_hot(name, ins, dim))
+    source = ins[0].source if name in UNCHANGED else 0
+    return Origin(made, union(origin.varies for origin in ins), mixed, hot, along, None, source)
+
+
+def _is_constant(name: str, origin: Origin, owned: Dims) -> bool:
+    """Whether data beside a kernel are a number or a mask that the function closes over."""
+    is_mask = name in ("mul", "select_n") and origin.varies == owned and len(owned) > 1
+    return origin.made == Made.CLOSED and (is_mask or not origin.varies)
+
+
+def _may_be_kernel(name: str, ins: list[Origin], data: list[Origin], owned: Dims, rank: int) -> bool:
+    """Whether parameters that are scaled, masked or corrected by data may be a kernel still."""
+    if name == "select_n" and all(origin.made < Made.CLOSED or origin.has_params for origin in ins[1:]):
+        return True
+    scales = name == "mul" or (name == "div" and ins[0].has_params)
+    is_whole = rank > 1 and len(owned) == rank and name in (*LINEAR, "max", "min", "clamp")
+    return all((scales and owned - o.varies) or (is_whole and o.is_array) for o in data)
+
+
+def _is_hot(name: str, ins: list[Origin], dim: int) -> bool:
+    if name == "eq":
+        return any(is_distinct(a.value, dim) and dim not in b.varies for a, b in (ins, ins[::-1]))
+    hot = [dim in origin.hot for origin in ins]
+    is_kept = all(h or dim not in origin.varies for h, origin in zip(hot, ins, strict=True))
+    return name in SCALING and any(hot) and is_kept
+
+
+@backwards(*ENTRY_BY_ENTRY)
+def _entry_by_entry_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
+    of_result = _terms_of_sum(step, uses[0]) if step.name in SUMS else uses[0]
+    if step.name in CHOICES and sum(origin.has_params for origin in step.ins) > 1:
+        of_result = frozenset(use.alone() for use in of_result)
+    found: list[Iterable[Use]] = []
+    for number, (origin, var) in enumerate(zip(step.ins, step.eqn.invars, strict=True)):
+        others, old = [other for n, other in enumerate(step.ins) if n != number], shape_of(var)
+        along = union(other.varies for other in others) - origin.varies
+        mine = set()
+        for use in of_result if origin.made >= Made.PARAMS else ():
+            use = _of_one_operand(step, use, origin, others)
+            if use.dims and along:
+                use = use._replace(spread=use.spread.union(*(use.labels(dim) for dim in along)))
+                use = use.relabeled(lambda dim, labels: NONE if dim in along else labels)
+            sources = [[dim] if old and old[dim] == size else [] for dim, size in enumerate(step.new)]
+            mine.add(use if old == step.new else use.moved_back(sources, old))
+        found.append(mine)
+    return found
+
+
+def _terms_of_sum(step: Step, uses: Uses) -> Uses:
+    """The uses of a sum of data, with the sum that it is a part of as their row: `x0 * w[0] + x1 * w[1] + b`."""
+    outputs = [use for use in uses if use.how == "output"]
+    if sum(bool(origin.varies) for origin in step.ins) < 2 or not outputs:
+        return uses
+    row = outputs[0].hidden if len(outputs) == 1 and outputs[0].hidden else frozenset({(id(step), NONE)})
+    return uses.difference(outputs).union(use._replace(hidden=row) for use in outputs)
+
+
+def _of_one_operand(step: Step, use: Use, origin: Origin, others: list[Origin]) -> Use:
+    name, result, whole = step.name, step.outs[0], big(step.new)
+    if use.how == "output":
+        if name == "mul" and origin.has_params and not any(other.has_params for other in others):
+            if kernel := _spelled_out(step, use, origin, others):
+                return kernel
+        if origin.made == Made.PARAMS and result.made > Made.PARAMS:
+            is_penalty = result.made == Made.EITHER and bool(use.dims)
+            if is_penalty and all(use.labels(dim) >= TOTAL for dim in whole):
+                return Use("statistic")
+            return _term(step, origin, others, use) or absorbed(use, origin, result, f"{name}: {WHY}")
+        kept = use.relabeled(lambda dim, labels: labels & TOTAL)
+        return use if name in LINEAR else kept._replace(hidden=frozenset())
+    if use.how == "kernel" and name in SUMS and whole:
+        return _of_kernel_in_sum(step, use, origin, others, whole)
+    return use
+
+
+def _of_kernel_in_sum(step: Step, use: Use, origin: Origin, others: list[Origin], whole: Dims) -> Use:
+    """The use of one term, if the sum is a kernel: a kernel too (`w + a @ b`), or a bias (`w + b`)."""
+    if any(o.mixed for o in others) and not any(use.labels(dim) >= OUT for dim in origin.varies):
+        return Use("other", f"{step.name}: {WHY}")
+    beside = [other for other in others if other.varies >= whole]
+    if any(o.made in (Made.FROZEN, Made.PARAMS) or (o.made == Made.EITHER and o.mixed < 2) for o in beside):
+        return use._replace(base="sure")
+    if any(o.is_array or o.made == Made.EITHER for o in beside):
+        return use._replace(base=use.base or "maybe")
+    return use
+
+
+def _spelled_out(step: Step, use: Use, origin: Origin, others: list[Origin]) -> Use | None:
+    """A product entry by entry and a sum over some dimensions, a contraction: `(x[:, :, None] * w).sum(1)`.
+
+    Where all is summed, and the parameter has no dimension of its own, it is a scale, and the sum a loss.
+    """
+    data = union(other.varies for other in others)
+    contracted = {d for d in range(len(use.dims)) if use.labels(d) >= SUM} & origin.varies & data
+    is_loss = not origin.varies - data and any(use.labels(dim) >= TOTAL for dim in contracted)
+    if not contracted or is_loss:
+        return None
+    return Use("kernel", "reduce_sum", _beside_data(step, origin, data, contracted))
+
+
+def _term(step: Step, origin: Origin, others: list[Origin], use: Use) -> Use | None:
+    """One of several products that are added up, `x0 * w[0] + x1 * w[1]`.
+
+    If all the `x` are parts of one array, and all the `w`, it is a contraction: a convolution, tap by tap.
+    """
+    if step.name != "mul" or not use.hidden or len(others) != 1 or not others[0].source:
+        return None
+    ((row, _),) = use.hidden
+    dims = _beside_data(step, origin, others[0].varies, set())
+    hidden = frozenset({((row, others[0].source), IN)})
+    return Use("term", f"{step.name}: {WHY}", dims, hidden=hidden)
+
+
+def _beside_data(step: Step, origin: Origin, data: Dims, contracted: set[int]) -> tuple[Dim, ...]:
+    """The dimensions of parameters that are multiplied with data entry by entry."""
+    labels = (
+        NONE if dim not in origin.varies else IN if dim in contracted else BATCH if dim in data else OUT
+        for dim in range(len(step.new))
+    )
+    return labeled(step.new, labels)

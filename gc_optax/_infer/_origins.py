@@ -1,0 +1,106 @@
+"""Where an array comes from: what the pass forwards knows of it."""
+
+import enum
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from ._program import Shape, shape_of
+
+Dims = frozenset[int]
+NO_DIMS: Dims = frozenset()
+Sources = list[list[int]]  # for each new dimension, the old ones that it comes from
+
+
+class Made(enum.IntEnum):
+    """What an array is made of. What is made of two of them is, as a rule, the later one."""
+
+    CONSTANT = 0  # what the function computes from nothing: `jnp.eye(4)`
+    FROZEN = 1  # parameters that no gradient comes back to: `stop_gradient(w)`
+    PARAMS = 2  # parameters: `w / norm(w)`
+    CLOSED = 3  # what the function closes over: a batch, a mask or a fixed matrix
+    RAW = 4  # arguments as they are given: a batch, a mask or a frozen kernel
+    EITHER = (
+        5  # parameters that data scale, mask or pick, a kernel or an activation: `w * mask`, `experts[i]`
+    )
+    DATA = 6  # what is certain to be data: `tanh(x @ w)`
+
+
+class Origin(NamedTuple):
+    """What is known of an array from what it is computed from.
+
+    Args:
+        made: what it is made of.
+        varies: the dimensions along which it is not constant.
+        mixed: 0 where each entry comes from one entry of each parameter, 1 for what is contracted or in another
+            way mixed (`a @ b`), 2 for that where it is as likely to be an activation (`z @ mask`, `base + w`).
+        hot: the dimensions along which it is one-hot.
+        along: the dimensions along which data scale the parameters in it.
+        value: its entries, if they are whole numbers that are known: `np.array([1, 0, 2])`.
+        source: the array whose entries these are, moved: that of `roll(x, 1)` is that of `x`. 0 if unknown.
+    """
+
+    made: Made
+    varies: Dims = NO_DIMS
+    mixed: int = 0
+    hot: Dims = NO_DIMS
+    along: Dims = NO_DIMS
+    value: Any = None
+    source: int = 0
+
+    @property
+    def has_params(self) -> bool:
+        """Whether it may be a kernel."""
+        return self.made in (Made.PARAMS, Made.EITHER)
+
+    @property
+    def is_array(self) -> bool:
+        """Whether it is an array that the function was given, as it was given."""
+        return self.made in (Made.CLOSED, Made.RAW)
+
+    @property
+    def is_data(self) -> bool:
+        """Whether it is certain to be data, and no constant of the model."""
+        return self.made in (Made.RAW, Made.DATA)
+
+    def moved(self, sources: Sources) -> "Origin":
+        """What is known of it when its entries are moved."""
+
+        def move(dims: Dims) -> Dims:
+            return frozenset(new for new, source in enumerate(sources) if not dims.isdisjoint(source))
+
+        return self._replace(varies=move(self.varies), hot=move(self.hot), along=move(self.along), value=None)
+
+
+CONSTANT = Origin(Made.CONSTANT)
+
+
+def big(shape: Shape) -> Dims:
+    """The dimensions that have more than one entry."""
+    return frozenset(dim for dim, size in enumerate(shape) if size > 1)
+
+
+def union(dims: Iterable[Dims]) -> Dims:
+    """The dimensions that are in any of the sets."""
+    return NO_DIMS.union(*dims)
+
+
+def join(a: Origin, b: Origin) -> Origin:
+    """What is known of an array that is one or the other, or has entries of both."""
+    made = max(a.made, b.made)
+    if (a.has_params or b.has_params) and (a.is_array or b.is_array):
+        made = Made.DATA if Made.RAW in (a.made, b.made) else max(made, Made.EITHER)
+    source = a.source if a.source == b.source else 0
+    varies, along = a.varies | b.varies, a.along | b.along
+    return Origin(made, varies, max(a.mixed, b.mixed), a.hot & b.hot, along, None, source)
+
+
+def join_all(origins: Sequence[Origin]) -> Origin:
+    """What is known of an array that is one of several, or has entries of all."""
+    return functools.reduce(join, origins) if origins else CONSTANT
+
+
+def computed(ins: Sequence[Origin], var: Any) -> Origin:
+    """What is known of an array that is computed from others, nobody knows how."""
+    whole = join_all(ins)
+    return Origin(whole.made, big(shape_of(var)), max(whole.mixed, int(whole.has_params)))

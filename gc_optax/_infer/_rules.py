@@ -1,0 +1,119 @@
+"""What a primitive does to the origins of its arguments and to the uses of its results, one rule for each.
+
+A primitive is added by the functions that `forwards` and `backwards` decorate, or, if it only moves entries, by
+the one that `moves` does. Without any, what becomes of its arguments is unclear, and a warning says so.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from ._indices import folded
+from ._origins import Made, Origin, Sources, computed
+from ._program import Shape, shape_of
+from ._uses import NO_USES, Use, Uses
+
+
+class Tape(NamedTuple):
+    """A jaxpr that was read forwards."""
+
+    jaxpr: Any
+    ins: list[Origin]
+    steps: list["Step"]
+    outs: list[Origin]
+
+
+class Step(NamedTuple):
+    """An equation, what is known of its arguments and results, and its bodies as they were read."""
+
+    eqn: Any
+    ins: list[Origin]
+    outs: list[Origin]
+    bodies: list[Tape]
+
+    @property
+    def name(self) -> str:
+        """The name of the primitive."""
+        return str(self.eqn.primitive.name)
+
+    @property
+    def old(self) -> Shape:
+        """The shape of the first argument."""
+        return shape_of(self.eqn.invars[0])
+
+    @property
+    def new(self) -> Shape:
+        """The shape of the first result."""
+        return shape_of(self.eqn.outvars[0])
+
+
+# The equation, the origins of its arguments, and one result: the origin of that.
+Forward = Callable[[Any, list[Origin], Any], Origin]
+# The equation and the uses of its results: the uses of each argument.
+Backward = Callable[[Step, list[Uses]], list[Iterable[Use]]]
+FORWARDS: dict[str, Forward] = {}
+BACKWARDS: dict[str, Backward] = {}
+
+
+def forwards(*names: str) -> Callable[[Forward], Forward]:
+    """The function says where a result of these primitives comes from."""
+    return lambda rule: [FORWARDS.setdefault(name, rule) for name in names][0]
+
+
+def backwards(*names: str) -> Callable[[Backward], Backward]:
+    """The function says how each argument of these primitives is used, if its results are used so."""
+    return lambda rule: [BACKWARDS.setdefault(name, rule) for name in names][0]
+
+
+def moves(*names: str) -> Callable[[Callable[[Any, Shape, Shape], Sources]], None]:
+    """The function says which old dimensions each new one comes from, and that is all these primitives do."""
+
+    def register(sources_of: Callable[[Any, Shape, Shape], Sources]) -> None:
+        @forwards(*names)
+        def forward(eqn: Any, ins: list[Origin], var: Any) -> Origin:
+            return ins[0].moved(sources_of(eqn, shape_of(eqn.invars[0]), shape_of(var)))
+
+        @backwards(*names)
+        def backward(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
+            sources = sources_of(step.eqn, step.old, step.new)
+            return [{use.moved_back(sources, step.old) for use in uses[0]}]
+
+    return register
+
+
+def origin_of_result(eqn: Any, ins: list[Origin], var: Any) -> Origin:
+    """Where a result of an equation comes from."""
+    rule = FORWARDS.get(eqn.primitive.name)
+    origin = rule(eqn, ins, var) if rule else computed(ins, var)
+    return origin._replace(value=folded(eqn, [of_one.value for of_one in ins]))
+
+
+def uses_of_arguments(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
+    """How the arguments of an equation are used."""
+    rule = BACKWARDS.get(step.name)
+    if rule:
+        return rule(step, uses)
+    return [unclear(step, NO_USES.union(*uses), number) for number in range(len(step.ins))]
+
+
+def unclear(step: Step, uses: Uses, number: int) -> Uses:
+    """How an argument is used, if nothing is known of what an equation does with it."""
+    origin, op = step.ins[number], step.name
+    if origin.made < Made.PARAMS or not uses:
+        return NO_USES
+    if origin.made == Made.PARAMS and any(out.made > Made.PARAMS for out in step.outs):
+        why = f"{op}: an operation on it together with the data that infer_axes cannot read"
+        return frozenset({Use("unclear", why)})
+    why = f"{op}: what became of it cannot be read"
+    return frozenset(Use(use.how, use.why) if _is_certain(use) else Use("unclear", why) for use in uses)
+
+
+def _is_certain(use: Use) -> bool:
+    """Whether it stays the use of what the array is computed from, whatever is computed."""
+    return use.how in ("output", "statistic") or (use.how == "other" and use.op != "mul")
+
+
+def absorbed(use: Use, origin: Origin, result: Origin, why: str) -> Use:
+    """Says of parameters that become a part of activations that they are no kernel."""
+    if use.how != "output" or origin.made != Made.PARAMS or result.made == Made.PARAMS:
+        return use
+    return Use("other", why)

@@ -1,0 +1,281 @@
+"""How an array is used later: what the pass backwards knows of it.
+
+A `Use` has labels for each dimension of the array. For `w` in `x @ w` they are `in` and `out`. What was done to
+`w` before is undone on the labels, as a gradient would come back: for `v` in `x @ v.T` they are `out` and `in`.
+
+A dimension may come from several, so it has a row of pieces, the slowest first, as a reshape has them: in
+`einsum("bi,hid->bhd", x, w.reshape(2, 4, 3))` the first dimension of a `w` of shape (8, 3) has the pieces
+(2, `out`) and (4, `in`): only a part of it is contracted with the data.
+"""
+
+import collections
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ._origins import Sources
+from ._program import Shape
+
+Labels = frozenset[str]
+NONE: Labels = frozenset()
+IN, OUT, BATCH, PICK, PART, REDUCED, SUM, TOTAL = (
+    frozenset({name}) for name in ("in", "out", "batch", "pick", "part", "reduced", "sum", "total")
+)
+
+
+class Piece(NamedTuple):
+    """A part of a dimension: how many entries it has, its labels, and with what it is put together.
+
+    Args:
+        size: the number of entries.
+        labels: what they are used for.
+        row: the equation that put this piece in a row with others (`jnp.stack([w[0], w[1]])`), or 0: only all
+            pieces of that row together are what the labels speak of.
+    """
+
+    size: int
+    labels: Labels = NONE
+    row: Hashable = 0
+
+
+Dim = tuple[Piece, ...]
+Window = tuple[tuple[int, int, int], ...]  # dimension, start, stop: what a slice keeps
+
+
+class Use(NamedTuple):
+    """One way in which an array is used.
+
+    Args:
+        how: "kernel", contracted with data; "other", certainly no kernel; "term", scales data, and the products
+            are added up; "statistic", only a scale that is computed from it is used; "unclear"; "output",
+            returned, or an activation.
+        why: for a reader, after the primitive that says so: "add: a bias, a scale or a gate".
+        dims: the pieces of each dimension; or nothing, where they do not matter.
+        spread: the labels of dimensions along which it is repeated, as a scale of what varies there.
+        hidden: the pieces of rows (see `Piece.row`) that are no dimension of it any more: for `w[0]` in
+            `jnp.stack([w[0], w[1]])`, the row and the labels of its dimension 0.
+        window: the part of the array that is used so, if it is only a part.
+        base: what it is added to: a kernel ("sure"), what may be an activation ("maybe"), or nothing.
+        weak: whether only a scale of a whole kernel is computed in this way, a spectral norm say. Another use
+            of the same parameter counts more.
+    """
+
+    how: str
+    why: str = ""
+    dims: tuple[Dim, ...] = ()
+    spread: Labels = NONE
+    hidden: frozenset[tuple[Hashable, Labels]] = frozenset()
+    window: Window = ()
+    base: str = ""
+    weak: bool = False
+
+    @property
+    def op(self) -> str:
+        """The primitive that says how it is used."""
+        return self.why.partition(":")[0]
+
+    def labels(self, dim: int) -> Labels:
+        """The labels of all pieces of a dimension."""
+        return NONE.union(*(piece.labels for piece in self.dims[dim]))
+
+    @property
+    def fan_in(self) -> tuple[int, ...]:
+        """The dimensions that are contracted with the data, as a whole or in part."""
+        return tuple(dim for dim in range(len(self.dims)) if self.labels(dim) >= IN)
+
+    @property
+    def is_scale(self) -> bool:
+        """Whether it scales a kernel that has more dimensions than it, and can be no kernel itself."""
+        is_scale_of_inputs = self.spread >= OUT and not any(
+            self.labels(d) >= OUT for d in range(len(self.dims))
+        )
+        return is_scale_of_inputs or (self.spread >= IN and not self.fan_in)
+
+    def relabeled(self, new_labels: Callable[[int, Labels], Labels]) -> "Use":
+        """With labels that depend on the dimension and on those of before."""
+        dims = (
+            tuple(piece._replace(labels=new_labels(dim, piece.labels)) for piece in pieces)
+            for dim, pieces in enumerate(self.dims)
+        )
+        return self._replace(dims=tuple(dims))
+
+    def with_dims(self, dims: Sequence[Dim], gone: Iterable[Piece]) -> "Use":
+        """With other dimensions, and without some pieces that those of before had."""
+        hidden = {
+            (piece.row, piece.labels) for piece in gone if piece.size == 1 and piece.row and piece.labels
+        }
+        return self._replace(dims=tuple(dims), hidden=self.hidden | hidden)
+
+    def moved_back(self, sources: Sources, old: Shape) -> "Use":
+        """The use of an array, from the use of its entries at other places."""
+        if not self.dims:
+            return self
+        dims: list[Dim] = [(Piece(size),) for size in old]
+        for pieces, source in zip(self.dims, sources, strict=True):
+            for dim in source:
+                dims[dim] = pieces
+        gone = (
+            piece for pieces, source in zip(self.dims, sources, strict=True) if not source for piece in pieces
+        )
+        return self.with_dims(dims, gone)
+
+    def reshaped_back(self, order: Sequence[int], old: Shape) -> "Use":
+        """The use of an array that is read in an order of its dimensions and cut anew."""
+        if not self.dims:
+            return self
+        row = list(itertools.chain.from_iterable(self.dims))
+        dims = dict(zip(order, cut_anew(row, [old[dim] for dim in order]), strict=True))
+        return self.with_dims([dims[dim] for dim in range(len(old))], row)
+
+    def cut_back(self, dims: Iterable[int], old: Shape, label: Labels = BATCH) -> "Use":
+        """The use of an array, from the use of a part of it along some dimensions, nobody knows which part."""
+        if not self.dims:
+            return self
+        resized, is_piece = self.resized(old), any(labels >= IN for _, labels in self.hidden)
+        cut = set(dims)
+
+        def of_whole(dim: int, labels: Labels) -> Labels:
+            if dim not in cut:
+                return labels
+            return labels | IN | PART if is_piece or resized.labels(dim) >= IN else labels or label
+
+        return resized.relabeled(of_whole)
+
+    def resized(self, shape: Shape, row: Hashable = None) -> "Use":
+        """The use of an array of another extent; the dimensions that differ become pieces of a row, if given."""
+        if not self.dims:
+            return self
+        dims = zip(self.dims, shape, strict=True)
+        return self._replace(dims=tuple(_resized(pieces, size, row) for pieces, size in dims))
+
+    def alone(self) -> "Use":
+        """Without the rows that its pieces are in: what takes turns with others is no part of a row."""
+        dims = (tuple(piece._replace(row=0) for piece in pieces) for pieces in self.dims)
+        return self._replace(dims=tuple(dims), hidden=frozenset((0, labels) for _, labels in self.hidden))
+
+
+Uses = frozenset[Use]
+NO_USES: Uses = frozenset()
+OUTPUT = Use("output")
+
+
+def labeled(shape: Shape, labels: Iterable[Labels]) -> tuple[Dim, ...]:
+    """Dimensions of one piece each."""
+    return tuple((Piece(size, of_one),) for size, of_one in zip(shape, labels, strict=True))
+
+
+def cut_anew(row: Iterable[Piece], sizes: Sequence[int]) -> list[Dim]:
+    """Cuts a row of pieces into dimensions of other sizes.
+
+    Where the cuts do not fall between pieces or divide them, as from (4, 6) to (3, 8), labels can no longer be
+    told apart, and each of these dimensions has those of all.
+    """
+    rest, dims = _joined(row)[::-1], list[Dim]()
+    while len(dims) < len(sizes):
+        size, taken = sizes[len(dims)], list[Piece]()
+        while size > 1 and rest:
+            piece = rest.pop()
+            common = math.gcd(size, piece.size)
+            if common < size and common < piece.size:
+                dims += _blended([*taken, piece], rest, sizes[len(dims) :])
+                break
+            taken.append(piece._replace(size=common))
+            size //= common
+            if common < piece.size:
+                rest.append(piece._replace(size=piece.size // common))
+        else:
+            dims.append(tuple(taken) or (Piece(size),))
+    return dims
+
+
+def _joined(row: Iterable[Piece]) -> list[Piece]:
+    """A row without pieces of one entry, and with one piece for each run of pieces that are used alike."""
+    runs = itertools.groupby((piece for piece in row if piece.size != 1), lambda piece: piece[1:])
+    return [Piece(math.prod(piece.size for piece in run), *alike) for alike, run in runs]
+
+
+def _blended(taken: list[Piece], rest: list[Piece], sizes: Sequence[int]) -> list[Dim]:
+    """The next dimensions, with the labels of all pieces up to where pieces and dimensions end together."""
+    have, want, number = math.prod(piece.size for piece in taken), sizes[0], 1
+    while have != want:
+        if have < want:
+            taken.append(rest.pop())
+            have *= taken[-1].size
+        else:
+            want, number = want * sizes[number], number + 1
+    labels = NONE.union(*(piece.labels for piece in taken))
+    return [(Piece(size, labels),) for size in sizes[:number]]
+
+
+def _resized(pieces: Dim, size: int, row: Hashable) -> Dim:
+    """A dimension of another size. Its slowest piece is what grows or shrinks, where the sizes allow it."""
+    before, inner = math.prod(piece.size for piece in pieces), math.prod(piece.size for piece in pieces[1:])
+    if before == size:
+        return pieces
+    if size % max(inner, 1):
+        labels = NONE.union(*(piece.labels for piece in pieces))
+        return (Piece(size, labels, pieces[0].row if row is None else row),)
+    first = pieces[0]._replace(size=size // max(inner, 1))
+    return (first if row is None else first._replace(row=row), *pieces[1:])
+
+
+# From the uses of the parts of an array to those of the array.
+
+
+def put_together(uses: Iterable[Use], shape: Shape) -> Uses:
+    """The uses of an array, from those of its parts.
+
+    In `x @ jnp.stack([w[0], w[1], w[2]])` each row of `w` is a piece of the same row, and together they are all
+    of `w`: dimension 0 is contracted. In `x @ w[:4] + z @ w[4:]` only a part of it is, each time.
+    """
+    parts = collections.defaultdict[tuple[Use, tuple[int, ...]], set[Window]](set)
+    for use in uses:
+        parts[_enlarged(use, shape) if use.window else use, tuple(dim for dim, _, _ in use.window)].add(
+            use.window
+        )
+    return frozenset(_of_parts(use, cut, windows, shape) for (use, cut), windows in parts.items())
+
+
+def _enlarged(use: Use, shape: Shape) -> Use:
+    """The use of a whole array of which every part is used like the one at hand."""
+    whole = use._replace(window=())
+    if not use.dims:
+        return whole
+    summed = {(row, labels) for row, labels in use.hidden if labels >= IN} or use.hidden
+    row = next(iter(summed))[0] if len(summed) == 1 else 0
+    left = NONE.union(*(labels for _, labels in summed))
+    dims, cut = list(use.dims), {dim: stop - start for dim, start, stop in use.window}
+    for dim, size in cut.items():
+        if not use.labels(dim):
+            dims[dim] = (Piece(size, left if size == 1 and left else BATCH, row if size == 1 else 0),)
+            whole = whole._replace(hidden=use.hidden - summed if size == 1 else use.hidden)
+    return whole._replace(dims=tuple(dims)).resized(shape)
+
+
+def _of_parts(use: Use, cut: Sequence[int], windows: set[Window], shape: Shape) -> Use:
+    """The use of an array whose parts in some windows are used so, and its other parts are not."""
+    summed = [dim for dim in cut if use.dims and use.labels(dim) >= IN]
+    if not summed:
+        return use
+    seen = {
+        dim: {(start, stop) for window in windows for d, start, stop in window if d == dim} for dim in summed
+    }
+    moving = [dim for dim in summed if len(seen[dim]) > 1]
+    is_row = all(piece.row for dim in summed for piece in use.dims[dim] if piece.labels >= IN)
+    if is_row and moving and _cover(windows, moving, shape):
+        whole = use.relabeled(lambda dim, labels: BATCH if dim in summed and dim not in moving else labels)
+        return whole._replace(how="kernel", why=use.op) if use.how == "term" else whole
+    if use.how == "term":
+        return use._replace(how="other", dims=())
+    return use.relabeled(lambda dim, labels: labels | PART if dim in summed else labels)
+
+
+def _cover(windows: Iterable[Window], dims: Sequence[int], shape: Shape) -> bool:
+    """Whether windows leave out nothing along some dimensions."""
+    covered = np.zeros([shape[dim] for dim in dims], bool)
+    for window in windows:
+        covered[tuple(slice(start, stop) for dim, start, stop in window if dim in dims)] = True
+    return bool(covered.all())

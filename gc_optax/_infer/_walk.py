@@ -1,0 +1,238 @@
+"""The two passes over a program: forwards for what each array is made of, backwards for how it is used."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ._origins import CONSTANT, Made, Origin, big, join, join_all
+from ._program import (
+    bodies_of,
+    carries_gradient,
+    closed_over,
+    indices,
+    is_key,
+    is_literal,
+    loop_of,
+    opened,
+    shape_of,
+)
+from ._rules import Step, Tape, absorbed, origin_of_result, uses_of_arguments
+from ._uses import BATCH, IN, NO_USES, NONE, OUT, OUTPUT, PART, Piece, Use, Uses, put_together
+
+LOOPS = ("scan", "while")
+EACH_BY_ITSELF = (
+    *("device_put", "mesh_cast", "optimization_barrier", "pcast", "pmax", "pmin", "ppermute", "psum"),
+    *("psum_invariant", "pvary", "reshard", "stop_gradient"),
+)
+# What makes an array of nothing, or of a number.
+MAKING_ARRAYS = ("broadcast_in_dim", "random_bits", "rng_bit_generator", "threefry2x32")
+
+
+def has_own_derivative(name: str) -> bool:
+    """Whether a function says itself what its derivative is, so that its body does not say where gradients go."""
+    return name.startswith("custom_")
+
+
+# Forwards.
+
+
+def read(jaxpr: Any, ins: Sequence[Origin], own: bool, alone: bool) -> Tape:
+    """Goes through a jaxpr forwards.
+
+    Args:
+        jaxpr: the jaxpr, open or closed.
+        ins: what is known of its inputs.
+        own: whether it has a derivative of its own.
+        alone: whether there are no data but those that the function makes itself: `x = jnp.ones((8, 4))`.
+    """
+    inside, steps = opened(jaxpr), []
+    env = {var: _given(var, value) for var, value in closed_over(jaxpr)}
+    env.update(zip(inside.invars, ins, strict=True))
+
+    def look(atom: Any) -> Origin:
+        if is_literal(atom):
+            return _given(atom, atom.val)
+        return env[atom] if env[atom].source else env[atom]._replace(source=id(atom))
+
+    for eqn in inside.eqns:
+        origins = [look(atom) for atom in eqn.invars]
+        outs, bodies = _results(eqn, origins, own, alone)
+        name = eqn.primitive.name
+        outs = [settled(origin, var, name, own, alone) for origin, var in zip(outs, eqn.outvars, strict=True)]
+        env.update(zip(eqn.outvars, outs, strict=True))
+        steps.append(Step(eqn, origins, outs, bodies))
+    return Tape(inside, list(ins), steps, [look(atom) for atom in inside.outvars])
+
+
+def _given(atom: Any, value: Any) -> Origin:
+    """Where what is closed over, or written into an equation, comes from."""
+    shape = shape_of(atom)
+    if is_key(atom):
+        return CONSTANT
+    return Origin(Made.CLOSED if shape else Made.CONSTANT, big(shape), value=indices(value))
+
+
+def _results(eqn: Any, ins: list[Origin], own: bool, alone: bool) -> tuple[list[Origin], list[Tape]]:
+    name = eqn.primitive.name
+    if name in LOOPS:
+        return _loop(eqn, ins, own, alone)
+    if bodies := bodies_of(eqn):
+        own = own or has_own_derivative(name)
+        tapes = [read(body, ins[name == "cond" :], own, alone) for body in bodies]
+        return [join_all(each) for each in zip(*(tape.outs for tape in tapes), strict=True)], tapes
+    if name in EACH_BY_ITSELF and len(ins) == len(eqn.outvars):
+        return ins, []
+    return [origin_of_result(eqn, ins, var) for var in eqn.outvars], []
+
+
+def settled(origin: Origin, var: Any, name: str, own: bool, alone: bool) -> Origin:
+    """What is known of a variable, with what its kind of numbers and the primitive that made it say."""
+    if is_key(var):
+        return CONSTANT
+    if alone and origin.made == Made.CONSTANT and name in MAKING_ARRAYS and shape_of(var):
+        return origin._replace(made=Made.CLOSED)
+    is_stopped = name == "stop_gradient" or not carries_gradient(var)
+    return origin._replace(made=Made.FROZEN) if is_stopped and not own and origin.has_params else origin
+
+
+def _loop(eqn: Any, ins: list[Origin], own: bool, alone: bool) -> tuple[list[Origin], list[Tape]]:
+    """Reads the body of a loop again until what it carries along is the same before and after."""
+    body, first, fixed, carried = loop_of(eqn)
+    ins, end = ins[first:], fixed + carried
+    carry = [origin._replace(value=None) for origin in ins[fixed:end]]
+    ranks = (len(shape_of(var)) for var in eqn.invars[first + end :])
+    each = [o.moved([[dim] for dim in range(1, rank)]) for o, rank in zip(ins[end:], ranks, strict=True)]
+    while True:
+        tape = read(body, [*ins[:fixed], *carry, *each], own, alone)
+        joined = list(map(join, carry, tape.outs[:carried]))
+        if joined == carry:
+            break
+        carry = joined
+    for origin, var in zip(tape.outs[carried:], eqn.outvars[carried:], strict=True):
+        stacked = origin.moved([[], *([dim] for dim in range(len(shape_of(var)) - 1))])
+        joined.append(stacked._replace(varies=stacked.varies | {0}, source=0))
+    return joined, [tape]
+
+
+# Backwards.
+
+MOST_ROUNDS = 16
+LOOP = "a loop or a branch"
+
+
+def read_back(tape: Tape, outputs: Sequence[Uses], own: bool = False) -> list[Uses]:
+    """Goes through a jaxpr backwards: how its inputs are used, if its outputs are used so."""
+    env: dict[Any, set[Use]] = {}
+
+    def add(atom: Any, origin: Origin, uses: Iterable[Use]) -> None:
+        if origin.made in (Made.PARAMS, Made.EITHER, Made.DATA) and not is_literal(atom):
+            if own or carries_gradient(atom):
+                found = map(_of_data, uses) if origin.made == Made.DATA else uses
+                env.setdefault(atom, set()).update(found)
+
+    def look(atom: Any, is_row: bool = False) -> Uses:
+        uses = env.get(atom, NO_USES)
+        return frozenset(uses) if is_row else put_together(uses, shape_of(atom))
+
+    for end in zip(tape.jaxpr.outvars, tape.outs, outputs, strict=True):
+        add(*end)
+    for step in reversed(tape.steps):
+        uses = [look(var, step.name == "concatenate") for var in step.eqn.outvars]
+        if any(uses):
+            for start in zip(step.eqn.invars, step.ins, _uses_before(step, uses, own), strict=True):
+                add(*start)
+    return [look(var) for var in tape.jaxpr.invars]
+
+
+def _of_data(use: Use) -> Use:
+    """The use of data: an output, whatever is done with it. What only scales a whole kernel is a weak one."""
+    if use.how == "output":
+        return use
+    own = NONE.union(*(use.labels(dim) for dim in range(len(use.dims))))
+    is_scale_of_kernel = use.how == "kernel" and use.spread >= IN | OUT and not own & (IN | OUT)
+    return OUTPUT._replace(weak=use.weak or is_scale_of_kernel)
+
+
+def _uses_before(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
+    """How the arguments of an equation are used; weak uses of its results make weak uses of them."""
+    strong = [frozenset(use for use in of_one if not use.weak) for of_one in uses]
+    if strong == uses:
+        return _before(step, uses, own)
+    weak = [frozenset(use._replace(weak=False) for use in of_one if use.weak) for of_one in uses]
+    both = zip(_before(step, strong, own), _before(step, weak, own), strict=True)
+    return [{*certain, *(use._replace(weak=True) for use in doubtful)} for certain, doubtful in both]
+
+
+def _before(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
+    if not any(uses):
+        return [NO_USES] * len(step.ins)
+    if step.name in LOOPS:
+        return _loop_back(step, uses, own)
+    if step.bodies:
+        return _bodies_back(step, uses, own or has_own_derivative(step.name))
+    if step.name == "stop_gradient" and not own:
+        return [NO_USES]
+    if step.name in EACH_BY_ITSELF and len(step.ins) == len(uses):
+        return list(uses)
+    return uses_of_arguments(step, uses)
+
+
+def _bodies_back(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
+    """The uses of what goes into a function or into branches. Inside `shard_map` arrays are smaller."""
+    first = len(step.ins) - len(step.bodies[0].ins)
+    found: list[set[Use]] = [set() for _ in step.ins]
+    for tape in step.bodies:
+        after = list(map(_entered, uses, tape.outs, step.outs)) if len(step.bodies) > 1 else uses
+        inside = [_resized(of_one, var) for of_one, var in zip(after, tape.jaxpr.outvars, strict=True)]
+        for number, of_one in enumerate(read_back(tape, inside, own), first):
+            found[number] |= _resized(of_one, step.eqn.invars[number])
+    return list(found)
+
+
+def _resized(uses: Uses, atom: Any) -> Uses:
+    return frozenset(use.resized(shape_of(atom)) for use in uses)
+
+
+def _entered(uses: Uses, origin: Origin, slot: Origin) -> Uses:
+    """How an array is used that takes the place of another: the state that a loop begins with."""
+    why = f"{LOOP}: it takes the place of the data: a starting value, say"
+    return frozenset(absorbed(use.alone(), origin, slot, why) for use in uses)
+
+
+def _loop_back(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
+    _, first, fixed, carried = loop_of(step.eqn)
+    tape, end = step.bodies[0], fixed + carried
+    slots, carry = tape.ins[fixed:end], list(uses[:carried])
+    each = [frozenset(_of_one_round(use, id(step)) for use in of_one) for of_one in uses[carried:]]
+    for _ in range(MOST_ROUNDS):
+        ins = read_back(tape, [*map(_entered, carry, tape.outs[:carried], slots), *each], own)
+        joined = [a | b for a, b in zip(carry, ins[fixed:end], strict=True)]
+        if joined == carry:
+            break
+        carry = joined
+    else:
+        lost = Use("unclear", f"{step.name}: a loop reshapes it from round to round")
+        carry = [frozenset({lost}) if of_one else NO_USES for of_one in carry]
+    starts = map(_entered, carry, step.ins[first + fixed :], slots)
+    looped = (
+        frozenset(_of_all_rounds(use, id(step), shape_of(var)) for use in of_one)
+        for of_one, var in zip(ins[end:], step.eqn.invars[first + end :], strict=True)
+    )
+    return [*[NO_USES] * first, *ins[:fixed], *starts, *looped]
+
+
+def _of_one_round(use: Use, loop: int) -> Use:
+    """The use of what a loop stacks up, for what comes from one round: a piece of a row."""
+    if use.how == "output" or not use.dims:
+        return use._replace(dims=use.dims[1:])
+    return use._replace(dims=use.dims[1:], hidden=use.hidden | {(loop, use.labels(0))})
+
+
+def _of_all_rounds(use: Use, loop: int, shape: tuple[int, ...]) -> Use:
+    """The use of an array that a loop goes through, which puts the pieces together again in their order."""
+    if use.how not in ("kernel", "unclear") or not use.dims:
+        return use._replace(dims=())
+    own = NONE.union(*(labels for row, labels in use.hidden if row == loop))
+    left = frozenset((row, labels) for row, labels in use.hidden if row != loop)
+    is_piece = not own and any(labels >= IN for _, labels in left)
+    first = (Piece(shape[0], IN | PART if is_piece else own or BATCH),)
+    return use._replace(dims=(first, *use.dims), hidden=left)
