@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ._origins import Made, Origin, computed
+from ._origins import Made, Origin, computed, either
 from ._program import Shape, shape_of
 from ._rules import Step, backwards, forwards
 from ._uses import (
@@ -92,7 +92,7 @@ def _dot_general(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     result = _product(eqn, ins, var)._replace(varies=varies)
     for side, mine, other, its in ((a, ins[0], b, ins[1]), (b, ins[1], a, ins[0])):
         if mine.has_params and its.made >= Made.CLOSED and other.picks(its):
-            return result._replace(made=Made.EITHER if len(side.free) > 1 else Made.DATA, mixed=0)
+            return result._replace(made=either(ins) if len(side.free) > 1 else Made.DATA, mixed=0)
     hot = frozenset(to for origin, dim, to in places if dim in origin.hot and not a.contracted)
     return result._replace(hot=hot)
 
@@ -102,11 +102,12 @@ def _product(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     whole, kernels = computed(ins, var), [origin for origin in ins if origin.has_params]
     if whole.made == Made.PARAMS or not kernels:
         return whole._replace(made=Made.DATA if whole.made == Made.RAW else whole.made)
-    is_deep = len(kernels) > 1 and any(origin.mixed for origin in kernels)
-    is_image = eqn.primitive.name != "dot_general" and (ins[1].has_params or ins[0].made == Made.EITHER)
-    is_data = is_deep or is_image or any(origin.is_data for origin in ins)
+    is_image = eqn.primitive.name != "dot_general" and (ins[1].has_params or ins[0].is_either)
+    # `h @ h.T` with `h = x + positions` is an attention; a kernel is not multiplied with itself.
+    is_with_itself = ins[0].source == ins[1].source != 0 and ins[0].mixed == 2
+    is_data = is_image or is_with_itself or any(origin.is_data for origin in ins)
     mixed = 2 if any(origin.is_array for origin in ins) else 1
-    return whole._replace(made=Made.DATA if is_data else Made.EITHER, mixed=max(mixed, whole.mixed))
+    return whole._replace(made=Made.DATA if is_data else either(ins), mixed=max(mixed, whole.mixed))
 
 
 @backwards("dot_general")
@@ -121,15 +122,19 @@ def _of_side(step: Step, use: Use, number: int) -> Use:
     if not mine.has_params:
         return OUTPUT
     reading = _as_kernel(op, side, other, its)
-    if its.is_data or (its.is_array and use.how not in ("kernel", "unclear")):
-        is_expert = other.picks(its) and use.how == "kernel" and step.outs[0].made == Made.EITHER
+    if its.is_data or (its.is_array and use.how == "output"):
+        is_expert = other.picks(its) and use.how == "kernel" and step.outs[0].is_either
         return side.handed(use, PICK) if is_expert else reading
     if use.how == "statistic" or (use.how == "kernel" and use.spread & (IN | OUT) and not use.fan_in):
         return Use("statistic")
     if not its.has_params and use.how in ("kernel", "unclear"):
         return _beside_constants(step, use, side, other, its, reading)
-    if use.how != "kernel" and Made.EITHER in (mine.made, its.made):
-        return OUTPUT if mine.made == Made.EITHER else reading
+    if use.how == "other" and not its.has_params and mine.is_either:
+        return use
+    if use.how != "kernel" and (mine.is_either or its.is_either):
+        # In `(x + positions) @ (w @ rotation)`, with a rotation that is closed over, the second may be the kernel.
+        is_activation = mine.is_either and not (mine.made == Made.EITHER_CLOSED and its.made == Made.EITHER)
+        return OUTPUT if is_activation else reading
     if not its.has_params and use.how == "output":
         return reading._replace(weak=True)  # `jnp.ones((3, 4)) @ w`, returned as it is
     if not its.has_params:

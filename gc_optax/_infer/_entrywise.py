@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ._indices import is_distinct
-from ._origins import Dims, Made, Origin, big, union
+from ._origins import Dims, Made, Origin, big, either, union
 from ._program import shape_of
 from ._rules import Step, absorbed, backwards, forwards
 from ._uses import BATCH, IN, NONE, OUT, SUM, TOTAL, Dim, Use, Uses, labeled
@@ -42,7 +42,7 @@ def _entry_by_entry(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     made, mixed = max(origin.made for origin in kernels or ins), max((k.mixed for k in kernels), default=0)
     if kernels and data:
         is_kernel = _may_be_kernel(name, ins, data, owned, len(big(shape_of(var))))
-        made, mixed = Made.EITHER if is_kernel else Made.DATA, 2 if name in SUMS else mixed
+        made, mixed = either(ins) if is_kernel else Made.DATA, 2 if name in SUMS else mixed
     scaled = [o.varies for o in data if o.made == Made.DATA or not o.varies <= owned]
     along = union([*scaled, *(kernel.along for kernel in kernels)])
     hot = frozenset(dim for dim in range(rank) if _is_hot(name, ins, dim))
@@ -104,31 +104,46 @@ def _terms_of_sum(step: Step, uses: Uses) -> Uses:
 
 
 def _of_one_operand(step: Step, use: Use, origin: Origin, others: list[Origin]) -> Use:
-    name, result, whole = step.name, step.outs[0], big(step.new)
     if use.how == "output":
-        if name == "mul" and origin.has_params and not any(other.has_params for other in others):
-            if kernel := _spelled_out(step, use, origin, others):
-                return kernel
-        if origin.made == Made.PARAMS and result.made > Made.PARAMS:
-            is_penalty = result.made == Made.EITHER and bool(use.dims)
-            if is_penalty and all(use.labels(dim) >= TOTAL for dim in whole):
-                return Use("statistic")
-            return _term(step, origin, others, use) or absorbed(use, origin, result, f"{name}: {WHY}")
-        kept = use.relabeled(lambda dim, labels: labels & TOTAL)
-        return use if name in LINEAR else kept._replace(hidden=frozenset())
-    if use.how == "kernel" and name in SUMS and whole:
-        return _of_kernel_in_sum(step, use, origin, others, whole)
+        return _of_activation(step, use, origin, others)
+    if use.how == "kernel" and step.name in SUMS and big(step.new):
+        return _of_kernel_in_sum(step, use, origin, others, big(step.new))
     return use
+
+
+def _of_activation(step: Step, use: Use, origin: Origin, others: list[Origin]) -> Use:
+    """The use of one operand, if the result is returned, or an activation."""
+    name, result, why = step.name, step.outs[0], f"{step.name}: {WHY}"
+    if name == "mul" and origin.has_params and not any(other.has_params for other in others):
+        if kernel := _spelled_out(step, use, origin, others):
+            return kernel
+    if origin.made == Made.PARAMS and result.made > Made.PARAMS:
+        is_penalty = result.is_either and bool(use.dims)
+        if is_penalty and all(use.labels(dim) >= TOTAL for dim in big(step.new)):
+            return Use("statistic")
+        return _term(step, origin, others, use) or Use("other", why)
+    data = [other for other in others if other.is_data]
+    if origin.is_either and origin.mixed == 2:
+        if any(other.made == Made.DATA or not other.varies <= origin.varies for other in data):
+            return Use("other", why)
+    if name not in LINEAR:
+        return use.relabeled(lambda dim, labels: labels & TOTAL)._replace(hidden=frozenset())
+    if name in SUMS:
+        return use
+    # Only a sum right after a product makes a contraction of it, not that of `x * scale * weight`.
+    scaled = union(other.varies for other in others if other.made > Made.FROZEN)
+    return use.relabeled(lambda dim, labels: labels - SUM if dim in scaled else labels)
 
 
 def _of_kernel_in_sum(step: Step, use: Use, origin: Origin, others: list[Origin], whole: Dims) -> Use:
     """The use of one term, if the sum is a kernel: a kernel too (`w + a @ b`), or a bias (`w + b`)."""
-    if any(o.mixed for o in others) and not any(use.labels(dim) >= OUT for dim in origin.varies):
+    is_spread = not origin.varies >= whole and not any(use.labels(dim) >= OUT for dim in origin.varies)
+    if is_spread and any(other.mixed for other in others):
         return Use("other", f"{step.name}: {WHY}")
     beside = [other for other in others if other.varies >= whole]
-    if any(o.made in (Made.FROZEN, Made.PARAMS) or (o.made == Made.EITHER and o.mixed < 2) for o in beside):
+    if any(o.made in (Made.FROZEN, Made.PARAMS) or (o.is_either and o.mixed < 2) for o in beside):
         return use._replace(base="sure")
-    if any(o.is_array or o.made == Made.EITHER for o in beside):
+    if any(o.is_array or o.is_either for o in beside):
         return use._replace(base=use.base or "maybe")
     return use
 
@@ -138,7 +153,7 @@ def _spelled_out(step: Step, use: Use, origin: Origin, others: list[Origin]) -> 
 
     Where all is summed, and the parameter has no dimension of its own, it is a scale, and the sum a loss.
     """
-    data = union(other.varies for other in others)
+    data = union(other.varies - other.hot for other in others)
     contracted = {d for d in range(len(use.dims)) if use.labels(d) >= SUM} & origin.varies & data
     is_loss = not origin.varies - data and any(use.labels(dim) >= TOTAL for dim in contracted)
     if not contracted or is_loss:

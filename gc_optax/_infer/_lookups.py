@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ._origins import CONSTANT, Made, Origin, Sources, big, join_all
+from ._origins import CONSTANT, Made, Origin, Sources, big, either, join_all
 from ._program import Shape, shape_of
 from ._rules import Step, absorbed, backwards, forwards
 from ._uses import BATCH, NO_USES, NONE, PICK, Dim, Piece, Use, Uses
@@ -54,7 +54,7 @@ def _looked_up(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     is_matrix = sum(whole) > 1 and all(w or size == 1 for w, size in zip(whole, sizes, strict=True))
     is_vector = (index.is_data or index.has_params) and not is_matrix
     return Origin(
-        Made.DATA if is_vector else Made.EITHER, varies, operand.mixed if is_matrix else 2, moved.hot
+        Made.DATA if is_vector else either(ins), varies, operand.mixed if is_matrix else 2, moved.hot
     )
 
 

@@ -112,7 +112,7 @@ def _kept(eqn: Any) -> Sources:
 def _reduced(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     operand, summed = ins[0], ins[0].varies.intersection(eqn.params["axes"])
     # In `(x[:, :, None] * w).sum(1)` a product entry by entry and a sum make a contraction.
-    is_product = operand.made == Made.EITHER and eqn.primitive.name == "reduce_sum"
+    is_product = operand.is_either and eqn.primitive.name == "reduce_sum"
     made = Made.DATA if is_product and summed and summed <= operand.along else operand.made
     return operand.moved(_kept(eqn))._replace(made=made, hot=frozenset(), source=0)
 

@@ -20,10 +20,10 @@ class Made(enum.IntEnum):
     PARAMS = 2  # parameters: `w / norm(w)`
     CLOSED = 3  # what the function closes over: a batch, a mask or a fixed matrix
     RAW = 4  # arguments as they are given: a batch, a mask or a frozen kernel
-    EITHER = (
-        5  # parameters that data scale, mask or pick, a kernel or an activation: `w * mask`, `experts[i]`
-    )
-    DATA = 6  # what is certain to be data: `tanh(x @ w)`
+    # Parameters that the former scale, mask or pick, kernels or activations: `w * mask`, `experts[i]`.
+    EITHER_CLOSED = 5
+    EITHER = 6
+    DATA = 7  # what is certain to be data: `tanh(x @ w)`
 
 
 class Origin(NamedTuple):
@@ -51,7 +51,12 @@ class Origin(NamedTuple):
     @property
     def has_params(self) -> bool:
         """Whether it may be a kernel."""
-        return self.made in (Made.PARAMS, Made.EITHER)
+        return self.made == Made.PARAMS or self.is_either
+
+    @property
+    def is_either(self) -> bool:
+        """Whether it may be a kernel, or an activation."""
+        return self.made in (Made.EITHER_CLOSED, Made.EITHER)
 
     @property
     def is_array(self) -> bool:
@@ -87,12 +92,18 @@ def union(dims: Iterable[Dims]) -> Dims:
 
 def join(a: Origin, b: Origin) -> Origin:
     """What is known of an array that is one or the other, or has entries of both."""
-    made = max(a.made, b.made)
+    made, mixed = max(a.made, b.made), max(a.mixed, b.mixed)
     if (a.has_params or b.has_params) and (a.is_array or b.is_array):
-        made = Made.DATA if Made.RAW in (a.made, b.made) else max(made, Made.EITHER)
+        made, mixed = Made.DATA if Made.RAW in (a.made, b.made) else max(made, Made.EITHER_CLOSED), 2
     source = a.source if a.source == b.source else 0
     varies, along = a.varies | b.varies, a.along | b.along
-    return Origin(made, varies, max(a.mixed, b.mixed), a.hot & b.hot, along, None, source)
+    return Origin(made, varies, mixed, a.hot & b.hot, along, None, source)
+
+
+def either(ins: Iterable[Origin]) -> Made:
+    """What parameters and arrays are together, if they may be a kernel."""
+    is_closed = all(origin.made <= Made.CLOSED or origin.made == Made.EITHER_CLOSED for origin in ins)
+    return Made.EITHER_CLOSED if is_closed else Made.EITHER
 
 
 def join_all(origins: Sequence[Origin]) -> Origin:

@@ -244,25 +244,23 @@ def _enlarged(use: Use, shape: Shape) -> Use:
     whole = use._replace(window=())
     if not use.dims:
         return whole
-    summed = {(row, labels) for row, labels in use.hidden if labels >= IN} or use.hidden
-    row = next(iter(summed))[0] if len(summed) == 1 else 0
-    left = NONE.union(*(labels for _, labels in summed))
-    dims, cut = list(use.dims), {dim: stop - start for dim, start, stop in use.window}
-    for dim, size in cut.items():
-        if not use.labels(dim):
-            dims[dim] = (Piece(size, left if size == 1 and left else BATCH, row if size == 1 else 0),)
-            whole = whole._replace(hidden=use.hidden - summed if size == 1 else use.hidden)
-    return whole._replace(dims=tuple(dims)).resized(shape)
+    dims, lost = list(use.dims), {dim for dim, start, stop in use.window if stop - start == 1 and not use.labels(dim)}
+    if lost and use.hidden:
+        # Which piece of which row was at which dimension is known only if there is one.
+        row, labels = next(iter(use.hidden)) if len(use.hidden) == 1 else (0, IN | PART)
+        dims = [(Piece(1, labels, row),) if dim in lost else pieces for dim, pieces in enumerate(dims)]
+        whole = whole._replace(hidden=frozenset())
+    cut = {dim for dim, _, _ in use.window}
+    whole = whole._replace(dims=tuple(dims)).resized(shape)
+    return whole.relabeled(lambda dim, labels: labels or BATCH if dim in cut else labels)
 
 
 def _of_parts(use: Use, cut: Sequence[int], windows: set[Window], shape: Shape) -> Use:
     """The use of an array whose parts in some windows are used so, and its other parts are not."""
-    summed = [dim for dim in cut if use.dims and use.labels(dim) >= IN]
-    if not summed:
+    if not use.dims or not cut:
         return use
-    seen = {
-        dim: {(start, stop) for window in windows for d, start, stop in window if d == dim} for dim in summed
-    }
+    seen = {dim: {(start, stop) for window in windows for d, start, stop in window if d == dim} for dim in cut}
+    summed = [dim for dim in cut if use.labels(dim) >= IN]
     moving = [dim for dim in summed if len(seen[dim]) > 1]
     is_row = all(piece.row for dim in summed for piece in use.dims[dim] if piece.labels >= IN)
     if is_row and moving and _cover(windows, moving, shape):

@@ -29,7 +29,7 @@ def _judged(use: Use) -> Use:
     if use.how != "kernel":
         return use
     if why := doubt(use):
-        return use._replace(how="unclear", why=f"{use.op}: {why}")
+        return use._replace(how="unclear", why=f"{use.op}: {why}", dims=())
     if use.is_scale or not use.fan_in:
         why = "a bias or a scale of another array" if use.is_scale else "none of its axes is summed over"
         return use._replace(how="other", why=f"{use.op}: {why}")
@@ -41,7 +41,7 @@ def verdict(uses: Uses | None, leaf: Any) -> tuple[WeightAxes, bool]:
     if uses is None:
         return left_alone("no array"), True
     judged = sorted(map(_judged, uses), key=lambda use: use.why)
-    if any(use.how == "kernel" and not use.weak for use in judged):
+    if any(use.how in ("kernel", "unclear") and not use.weak for use in judged):
         judged = [use for use in judged if not use.weak]
     axes, is_clear = _agreed(judged, len(leaf.shape))
     return applicable(axes, leaf), is_clear

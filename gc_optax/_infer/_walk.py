@@ -89,7 +89,7 @@ def settled(origin: Origin, var: Any, name: str, own: bool, alone: bool) -> Orig
     if is_key(var):
         return CONSTANT
     if alone and origin.made == Made.CONSTANT and name in MAKING_ARRAYS and shape_of(var):
-        return origin._replace(made=Made.CLOSED)
+        return origin._replace(made=Made.CLOSED, varies=big(shape_of(var)))
     is_stopped = name == "stop_gradient" or not carries_gradient(var)
     return origin._replace(made=Made.FROZEN) if is_stopped and not own and origin.has_params else origin
 
@@ -124,19 +124,22 @@ def read_back(tape: Tape, outputs: Sequence[Uses], own: bool = False) -> list[Us
     env: dict[Any, set[Use]] = {}
 
     def add(atom: Any, origin: Origin, uses: Iterable[Use]) -> None:
-        if origin.made in (Made.PARAMS, Made.EITHER, Made.DATA) and not is_literal(atom):
+        if (origin.has_params or origin.made == Made.DATA) and not is_literal(atom):
             if own or carries_gradient(atom):
                 found = map(_of_data, uses) if origin.made == Made.DATA else uses
                 env.setdefault(atom, set()).update(found)
 
-    def look(atom: Any, is_row: bool = False) -> Uses:
+    def look(atom: Any, axis: int | None = None) -> Uses:
         uses = env.get(atom, NO_USES)
-        return frozenset(uses) if is_row else put_together(uses, shape_of(atom))
+        of_row = {use for use in uses if [dim for dim, _, _ in use.window] == [axis]}
+        return put_together(uses - of_row, shape_of(atom)) | of_row
 
     for end in zip(tape.jaxpr.outvars, tape.outs, outputs, strict=True):
         add(*end)
     for step in reversed(tape.steps):
-        uses = [look(var, step.name == "concatenate") for var in step.eqn.outvars]
+        # Of what stands in a row, a part may be used in a way of its own.
+        axis = step.eqn.params["dimension"] if step.name == "concatenate" else None
+        uses = [look(var, axis) for var in step.eqn.outvars]
         if any(uses):
             for start in zip(step.eqn.invars, step.ins, _uses_before(step, uses, own), strict=True):
                 add(*start)
