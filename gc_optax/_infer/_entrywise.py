@@ -7,7 +7,7 @@ from ._indices import is_distinct
 from ._origins import Dims, Made, Origin, big, either, union
 from ._program import shape_of
 from ._rules import Step, absorbed, backwards, forwards
-from ._uses import BATCH, IN, NONE, OUT, SUM, TOTAL, Dim, Use, Uses, labeled
+from ._uses import BATCH, IN, NONE, OUT, SUM, TOTAL, Labels, Use, Uses, labeled
 
 UNCHANGED = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint")
 SCALING = ("mul", "div", "neg", "select_n", "and", *UNCHANGED)
@@ -46,7 +46,8 @@ def _entry_by_entry(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     scaled = [o.varies for o in data if o.made == Made.DATA or not o.varies <= owned]
     along = union([*scaled, *(kernel.along for kernel in kernels)])
     hot = frozenset(dim for dim in range(rank) if _is_hot(name, ins, dim))
-    source = ins[0].source if name in UNCHANGED else 0
+    sources = [origin.source for origin in ins]
+    source = sources[0] if name in UNCHANGED else hash((name, *sources)) if all(sources) else 0
     return Origin(made, union(origin.varies for origin in ins), mixed, hot, along, None, source)
 
 
@@ -154,11 +155,13 @@ def _spelled_out(step: Step, use: Use, origin: Origin, others: list[Origin]) -> 
     Where all is summed, and the parameter has no dimension of its own, it is a scale, and the sum a loss.
     """
     data = union(other.varies - other.hot for other in others)
-    contracted = {d for d in range(len(use.dims)) if use.labels(d) >= SUM} & origin.varies & data
-    is_loss = not origin.varies - data and any(use.labels(dim) >= TOTAL for dim in contracted)
-    if not contracted or is_loss:
+    along = {dim for dim in range(len(use.dims)) if use.labels(dim) >= SUM} & origin.varies & data
+    is_loss = not origin.varies - data and any(use.labels(dim) >= TOTAL for dim in along)
+    if not along or is_loss:
         return None
-    return Use("kernel", "reduce_sum", _beside_data(step, origin, data, contracted))
+    labels = _beside_data(step, origin, union(other.varies for other in others))
+    summed = use.relabeled(lambda dim, of_one: IN if dim in along and of_one >= SUM else labels[dim])
+    return Use("kernel", "reduce_sum", summed.dims)
 
 
 def _term(step: Step, origin: Origin, others: list[Origin], use: Use) -> Use | None:
@@ -169,15 +172,11 @@ def _term(step: Step, origin: Origin, others: list[Origin], use: Use) -> Use | N
     if step.name != "mul" or not use.hidden or len(others) != 1 or not others[0].source:
         return None
     ((row, _),) = use.hidden
-    dims = _beside_data(step, origin, others[0].varies, set())
-    hidden = frozenset({((row, others[0].source), IN)})
-    return Use("term", f"{step.name}: {WHY}", dims, hidden=hidden)
+    dims = labeled(step.new, _beside_data(step, origin, others[0].varies))
+    return Use("term", f"{step.name}: {WHY}", dims, hidden=frozenset({((row, others[0].source), IN)}))
 
 
-def _beside_data(step: Step, origin: Origin, data: Dims, contracted: set[int]) -> tuple[Dim, ...]:
-    """The dimensions of parameters that are multiplied with data entry by entry."""
-    labels = (
-        NONE if dim not in origin.varies else IN if dim in contracted else BATCH if dim in data else OUT
-        for dim in range(len(step.new))
-    )
-    return labeled(step.new, labels)
+def _beside_data(step: Step, origin: Origin, data: Dims) -> list[Labels]:
+    """The labels of parameters that are multiplied with data entry by entry, without a sum."""
+    own = range(len(step.new))
+    return [NONE if dim not in origin.varies else BATCH if dim in data else OUT for dim in own]
