@@ -1,5 +1,6 @@
-"""Rules of what moves entries, sums over dimensions, and puts arrays in a row or into one another."""
+"""Rules of what moves entries, takes parts, sums over dimensions, and puts arrays in a row or into one another."""
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from ._origins import Made, Origin, Sources, big, join_all
 from ._program import Shape, shape_of
 from ._rules import Step, absorbed, backwards, forwards, moves, unclear
-from ._uses import IN, NONE, OUT, REDUCED, SUM, TOTAL, Piece, Use, Uses, cut_anew, labeled
+from ._uses import IN, NONE, OUT, REDUCED, SUM, TOTAL, Piece, Use, Uses, Window, cut_anew, labeled
 
 IN_A_ROW = "an input, in a row with the data"
 
@@ -22,35 +23,29 @@ def _reversed(eqn: Any, old: Shape, new: Shape) -> Sources:
     return [[dim] for dim in range(len(old))]
 
 
+@moves("squeeze")
+def _squeezed(eqn: Any, old: Shape, new: Shape) -> Sources:
+    return [[dim] for dim in range(len(old)) if dim not in eqn.params["dimensions"]]
+
+
+@moves("broadcast_in_dim")
 def _broadcast(eqn: Any, old: Shape, new: Shape) -> Sources:
     at = {target: dim for dim, target in enumerate(eqn.params["broadcast_dimensions"])}
     return [[at[dim]] if dim in at and old[at[dim]] == size else [] for dim, size in enumerate(new)]
 
 
-def _squeezed(eqn: Any, old: Shape, new: Shape) -> Sources:
-    return [[dim] for dim in range(len(old)) if dim not in eqn.params["dimensions"]]
-
-
-moves("broadcast_in_dim")(_broadcast)
-moves("squeeze")(_squeezed)
-
-
-def _reshape_order(eqn: Any, old: Shape) -> list[int]:
-    return list(eqn.params["dimensions"] or range(len(old)))
-
-
 @forwards("reshape")
 def _reshaped(eqn: Any, ins: list[Origin], var: Any) -> Origin:
-    old, new = shape_of(eqn.invars[0]), shape_of(var)
-    row = [Piece(old[dim], frozenset({str(dim)})) for dim in _reshape_order(eqn, old)]
-    return ins[0].moved(
-        [[int(dim) for piece in pieces for dim in piece.labels] for pieces in cut_anew(row, new)]
-    )
+    old = shape_of(eqn.invars[0])
+    row = [Piece(old[dim], frozenset({str(dim)})) for dim in eqn.params["dimensions"] or range(len(old))]
+    dims = cut_anew(row, shape_of(var))
+    return ins[0].moved([[int(dim) for piece in pieces for dim in piece.labels] for pieces in dims])
 
 
 @backwards("reshape")
 def _reshaped_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
-    return [{use.reshaped_back(_reshape_order(step.eqn, step.old), step.old) for use in uses[0]}]
+    order = step.eqn.params["dimensions"] or range(len(step.old))
+    return [{use.reshaped_back(order, step.old) for use in uses[0]}]
 
 
 # Parts.
@@ -65,35 +60,26 @@ def _cut(eqn: Any, ins: list[Origin], var: Any) -> Origin:
 @backwards("slice")
 def _slice_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
     starts, stops = step.eqn.params["start_indices"], step.eqn.params["limit_indices"]
-    strides = step.eqn.params["strides"] or [1] * len(starts)
     cut = [dim for dim, size in enumerate(step.new) if size != step.old[dim]]
-    if any(strides[dim] > 1 for dim in cut):
+    if any((step.eqn.params["strides"] or step.old)[dim] > 1 for dim in cut if step.eqn.params["strides"]):
         return [{use.cut_back(cut, step.old) for use in uses[0]}]
-    return [{_of_part(step, use, [(dim, starts[dim], stops[dim]) for dim in cut]) for use in uses[0]}]
+    return [_of_part(step, uses[0], tuple((dim, starts[dim], stops[dim]) for dim in cut))]
 
 
-@backwards("split")
+@backwards("split", "unstack")
 def _split_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
-    axis, start, found = step.eqn.params["axis"], 0, set[Use]()
-    for size, of_one in zip(step.eqn.params["sizes"], uses, strict=True):
-        found |= {_of_part(step, use, [(axis, start, start + size)]) for use in of_one}
-        start += size
-    return [found]
+    axis = step.eqn.params["axis"]
+    stops = list(itertools.accumulate(step.eqn.params.get("sizes", [1] * len(uses))))
+    parts = zip(uses, [0, *stops], stops, strict=False)
+    return [itertools.chain(*(_of_part(step, of_one, ((axis, *part),)) for of_one, *part in parts))]
 
 
-@backwards("unstack")
-def _unstack_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
-    axis, found = step.eqn.params["axis"], set[Use]()
-    one = tuple(1 if dim == axis else size for dim, size in enumerate(step.old))
-    for number, of_one in enumerate(uses):
-        back = (use.reshaped_back(range(len(one)), one) for use in of_one)
-        found |= {_of_part(step, use, [(axis, number, number + 1)]) for use in back}
-    return [found]
-
-
-def _of_part(step: Step, use: Use, window: Iterable[tuple[int, int, int]]) -> Use:
-    """The use of an array of which only a part is used; it does not matter which part of data it is."""
-    return use if step.ins[0].made == Made.DATA else use._replace(window=tuple(window))
+def _of_part(step: Step, uses: Uses, window: Window) -> Iterable[Use]:
+    """The uses of an array of which only a part is used so; it does not matter which part of data it is."""
+    if len(step.old) > len(step.new):
+        one = tuple(1 if dim == window[0][0] else size for dim, size in enumerate(step.old))
+        uses = frozenset(use.reshaped_back(range(len(one)), one) for use in uses)
+    return uses if step.ins[0].made == Made.DATA else {use._replace(window=window) for use in uses}
 
 
 # Sums over dimensions.
@@ -139,95 +125,62 @@ def _before_reduction(step: Step, use: Use, gone: set[int]) -> Use:
 
 # In a row, and one in the other.
 
-
-@forwards("concatenate")
-def _concatenated(eqn: Any, ins: list[Origin], var: Any) -> Origin:
-    whole = join_all(ins)
-    return whole._replace(varies=whole.varies | {eqn.params["dimension"]}, hot=frozenset())
-
-
-@backwards("concatenate")
-def _concatenated_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
-    """The uses may be of parts of the row (`Use.window`): then only what is in that part is used so."""
-    axis, start = step.eqn.params["dimension"], 0
-    found: list[Iterable[Use]] = []
-    for origin, var in zip(step.ins, step.eqn.invars, strict=True):
-        shape = shape_of(var)
-        stop = start + shape[axis]
-        mine = (_of_one_in_row(step, use, axis, start, stop, shape) for use in uses[0])
-        found.append({absorbed(use, origin, step.outs[0], f"{step.name}: {IN_A_ROW}") for use in mine if use})
-        start = stop
-    return found
-
-
-def _of_one_in_row(step: Step, use: Use, axis: int, start: int, stop: int, shape: Shape) -> Use | None:
-    """The use of what stands from `start` to `stop` in a row, or nothing, if a part without it is used."""
-    row = id(step)
-    if not use.window:
-        return use.resized(shape, row)
-    ((_, first, last),) = use.window
-    low, high = max(start, first), min(stop, last)
-    if low >= high:
-        return None
-    part = tuple(high - low if dim == axis else size for dim, size in enumerate(shape))
-    is_whole_part = (low, high) == (first, last)
-    mine = use._replace(window=()) if is_whole_part else use._replace(window=()).resized(part, row)
-    return (
-        mine if (low, high) == (start, stop) else mine._replace(window=((axis, low - start, high - start),))
-    )
-
-
-@forwards("stack")
-def _stacked(eqn: Any, ins: list[Origin], var: Any) -> Origin:
-    axis = eqn.params["axis"]
-    whole = join_all(ins).moved(_without_axis(axis, len(shape_of(var))))
-    return whole._replace(varies=whole.varies | {axis})
-
-
-@backwards("stack")
-def _stacked_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
-    axis = step.eqn.params["axis"]
-    one = tuple(1 if dim == axis else size for dim, size in enumerate(step.new))
-    sources = _without_axis(axis, len(step.new))
-    back = [use.resized(one, id(step)).moved_back(sources, step.old) for use in uses[0]]
-    why = f"{step.name}: {IN_A_ROW}"
-    return [{absorbed(use, origin, step.outs[0], why) for use in back} for origin in step.ins]
-
-
-def _without_axis(axis: int, rank: int) -> Sources:
-    return [[] if dim == axis else [dim - (dim > axis)] for dim in range(rank)]
-
-
-@forwards("pad")
-def _padded(eqn: Any, ins: list[Origin], var: Any) -> Origin:
-    return join_all(ins)._replace(varies=big(shape_of(var)), hot=frozenset(), source=ins[0].source)
-
-
-@backwards("pad")
-def _padded_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
-    config = enumerate(step.eqn.params["padding_config"])
-    cropped = [dim for dim, (low, high, _) in config if low < 0 or high < 0]
-    back = (
-        use.cut_back(cropped, step.old) if cropped else use.resized(step.old, id(step)) for use in uses[0]
-    )
-    operand = {absorbed(use, step.ins[0], step.outs[0], f"{step.name}: {IN_A_ROW}") for use in back}
-    return [operand, unclear(step, uses[0], 1)]
-
-
 WRITES = (
     *("dynamic_update_slice", "scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul"),
     "scatter-sub",
 )
 
 
-@forwards(*WRITES)
-def _written(eqn: Any, ins: list[Origin], var: Any) -> Origin:
-    return join_all(ins)._replace(varies=big(shape_of(var)), hot=frozenset(), source=0)
+@forwards("concatenate", "stack", "pad", *WRITES)
+def _beside(eqn: Any, ins: list[Origin], var: Any) -> Origin:
+    source = ins[0].source if eqn.primitive.name == "pad" else 0
+    return join_all(ins)._replace(
+        varies=big(shape_of(var)), hot=frozenset(), along=frozenset(), source=source
+    )
 
 
-@backwards(*WRITES)
+@backwards("concatenate")
+def _concatenated_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
+    """The uses may be of parts of the row (`Use.window`): then only what is in that part is used so."""
+    axis, shapes = step.eqn.params["dimension"], [shape_of(var) for var in step.eqn.invars]
+    stops = list(itertools.accumulate(shape[axis] for shape in shapes))
+    found: list[Iterable[Use]] = []
+    for origin, shape, start, stop in zip(step.ins, shapes, [0, *stops], stops, strict=False):
+        mine = (_of_one_in_row(step, use, axis, start, stop, shape) for use in uses[0])
+        found.append({absorbed(use, origin, step.outs[0], f"{step.name}: {IN_A_ROW}") for use in mine if use})
+    return found
+
+
+def _of_one_in_row(step: Step, use: Use, axis: int, start: int, stop: int, shape: Shape) -> Use | None:
+    """The use of what stands from `start` to `stop` in a row, or nothing, if a part without it is used."""
+    _, first, last = use.window[0] if use.window else (axis, start, stop)
+    low, high = max(start, first), min(stop, last)
+    if low >= high:
+        return None
+    is_alone = bool(use.window) and (low, high) == (first, last)
+    part = tuple(high - low if dim == axis else size for dim, size in enumerate(shape))
+    mine = use._replace(window=()).resized(part, None if is_alone else id(step))
+    return (
+        mine if (low, high) == (start, stop) else mine._replace(window=((axis, low - start, high - start),))
+    )
+
+
+@backwards("stack")
+def _stacked_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
+    axis, rank = step.eqn.params["axis"], len(step.new)
+    one = tuple(1 if dim == axis else size for dim, size in enumerate(step.new))
+    sources = [[] if dim == axis else [dim - (dim > axis)] for dim in range(rank)]
+    back = [use.resized(one, id(step)).moved_back(sources, step.old) for use in uses[0]]
+    why = f"{step.name}: {IN_A_ROW}"
+    return [{absorbed(use, origin, step.outs[0], why) for use in back} for origin in step.ins]
+
+
+@backwards("pad", *WRITES)
 def _written_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
-    operand = {absorbed(use, step.ins[0], step.outs[0], f"{step.name}: {IN_A_ROW}") for use in uses[0]}
+    config = step.eqn.params.get("padding_config", ())
+    cropped = [dim for dim, (low, high, _) in enumerate(config) if low < 0 or high < 0]
+    back = (u.cut_back(cropped, step.old) if cropped else u.resized(step.old, id(step)) for u in uses[0])
+    operand = {absorbed(use, step.ins[0], step.outs[0], f"{step.name}: {IN_A_ROW}") for use in back}
     return [operand, *(unclear(step, uses[0], number) for number in range(1, len(step.ins)))]
 
 
@@ -239,11 +192,10 @@ RESIZES = ("all_gather", "all_gather_invariant", "all_gather_reduced", "reduce_s
 @forwards(*RESIZES)
 def _resized(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     is_same_rank = len(shape_of(eqn.invars[0])) == len(shape_of(var))
-    return ins[0]._replace(value=None) if is_same_rank else join_all(ins)._replace(varies=big(shape_of(var)))
+    return ins[0] if is_same_rank else join_all(ins)._replace(varies=big(shape_of(var)))
 
 
 @backwards(*RESIZES)
 def _resized_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
-    if len(step.old) != len(step.new):
-        return [unclear(step, uses[0], 0)]
-    return [{use.resized(step.old) for use in uses[0]}]
+    is_same_rank = len(step.old) == len(step.new)
+    return [{use.resized(step.old) for use in uses[0]} if is_same_rank else unclear(step, uses[0], 0)]

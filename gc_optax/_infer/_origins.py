@@ -32,12 +32,12 @@ class Origin(NamedTuple):
     Args:
         made: what it is made of.
         varies: the dimensions along which it is not constant.
-        mixed: 0 where each entry comes from one entry of each parameter, 1 for what is contracted or in another
-            way mixed (`a @ b`), 2 for that where it is as likely to be an activation (`z @ mask`, `base + w`).
+        mixed: 0 where each entry comes from one entry of each parameter; 1 where it comes from many, as in
+            `a @ b`; 2 where it is as likely to be an activation, as `closed_over @ w` and `argument + w` are.
         hot: the dimensions along which it is one-hot.
         along: the dimensions along which data scale the parameters in it.
-        value: its entries, if they are whole numbers that are known: `np.array([1, 0, 2])`.
-        source: the array whose entries these are, moved: that of `roll(x, 1)` is that of `x`. 0 if unknown.
+        value: its entries, if they are known whole numbers: `np.array([1, 0, 2])`.
+        source: a number for its entries, wherever they are: `roll(x, 1)` has that of `x`. 0 if there is none.
     """
 
     made: Made
@@ -49,14 +49,14 @@ class Origin(NamedTuple):
     source: int = 0
 
     @property
-    def has_params(self) -> bool:
-        """Whether it may be a kernel."""
-        return self.made == Made.PARAMS or self.is_either
-
-    @property
     def is_either(self) -> bool:
         """Whether it may be a kernel, or an activation."""
         return self.made in (Made.EITHER_CLOSED, Made.EITHER)
+
+    @property
+    def has_params(self) -> bool:
+        """Whether it may be a kernel."""
+        return self.made == Made.PARAMS or self.is_either
 
     @property
     def is_array(self) -> bool:
@@ -70,11 +70,12 @@ class Origin(NamedTuple):
 
     def moved(self, sources: Sources) -> "Origin":
         """What is known of it when its entries are moved."""
-
-        def move(dims: Dims) -> Dims:
-            return frozenset(new for new, source in enumerate(sources) if not dims.isdisjoint(source))
-
-        return self._replace(varies=move(self.varies), hot=move(self.hot), along=move(self.along), value=None)
+        old = (self.varies, self.hot, self.along)
+        varies, hot, along = (
+            frozenset(new for new, source in enumerate(sources) if not dims.isdisjoint(source))
+            for dims in old
+        )
+        return self._replace(varies=varies, hot=hot, along=along, value=None)
 
 
 CONSTANT = Origin(Made.CONSTANT)
@@ -90,20 +91,19 @@ def union(dims: Iterable[Dims]) -> Dims:
     return NO_DIMS.union(*dims)
 
 
+def either(ins: Iterable[Origin]) -> Made:
+    """What parameters and arrays are together, if they may be a kernel."""
+    is_closed = all(origin.made <= Made.CLOSED or origin.made == Made.EITHER_CLOSED for origin in ins)
+    return Made.EITHER_CLOSED if is_closed else Made.EITHER
+
+
 def join(a: Origin, b: Origin) -> Origin:
     """What is known of an array that is one or the other, or has entries of both."""
     made, mixed = max(a.made, b.made), max(a.mixed, b.mixed)
     if (a.has_params or b.has_params) and (a.is_array or b.is_array):
         made, mixed = Made.DATA if Made.RAW in (a.made, b.made) else max(made, Made.EITHER_CLOSED), 2
     source = a.source if a.source == b.source else 0
-    varies, along = a.varies | b.varies, a.along | b.along
-    return Origin(made, varies, mixed, a.hot & b.hot, along, None, source)
-
-
-def either(ins: Iterable[Origin]) -> Made:
-    """What parameters and arrays are together, if they may be a kernel."""
-    is_closed = all(origin.made <= Made.CLOSED or origin.made == Made.EITHER_CLOSED for origin in ins)
-    return Made.EITHER_CLOSED if is_closed else Made.EITHER
+    return Origin(made, a.varies | b.varies, mixed, a.hot & b.hot, a.along | b.along, None, source)
 
 
 def join_all(origins: Sequence[Origin]) -> Origin:

@@ -1,7 +1,7 @@
 """What a primitive does to the origins of its arguments and to the uses of its results, one rule for each.
 
-A primitive is added by the functions that `forwards` and `backwards` decorate, or, if it only moves entries, by
-the one that `moves` does. Without any, what becomes of its arguments is unclear, and a warning says so.
+A primitive is added by the functions that `forwards` and `backwards` decorate or, if it only moves entries, by the one
+that `moves` does. Without any, what becomes of its arguments is unclear, and a warning says so.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,10 +14,9 @@ from ._uses import NO_USES, Use, Uses
 
 
 class Tape(NamedTuple):
-    """A jaxpr that was read forwards."""
+    """A jaxpr that was read forwards: its equations, and what is known of its results."""
 
     jaxpr: Any
-    ins: list[Origin]
     steps: list["Step"]
     outs: list[Origin]
 
@@ -46,9 +45,9 @@ class Step(NamedTuple):
         return shape_of(self.eqn.outvars[0])
 
 
-# The equation, the origins of its arguments, and one result: the origin of that.
+# From the equation, the origins of its arguments, and one of its results: the origin of that.
 Forward = Callable[[Any, list[Origin], Any], Origin]
-# The equation and the uses of its results: the uses of each argument.
+# From the equation and the uses of its results: the uses of each argument.
 Backward = Callable[[Step, list[Uses]], list[Iterable[Use]]]
 FORWARDS: dict[str, Forward] = {}
 BACKWARDS: dict[str, Backward] = {}
@@ -65,7 +64,7 @@ def backwards(*names: str) -> Callable[[Backward], Backward]:
 
 
 def moves(*names: str) -> Callable[[Callable[[Any, Shape, Shape], Sources]], None]:
-    """The function says which old dimensions each new one comes from, and that is all these primitives do."""
+    """The function says which old dimensions each new one comes from, and these primitives do no more."""
 
     def register(sources_of: Callable[[Any, Shape, Shape], Sources]) -> None:
         @forwards(*names)
@@ -97,23 +96,21 @@ def uses_of_arguments(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
 
 def unclear(step: Step, uses: Uses, number: int) -> Uses:
     """How an argument is used, if nothing is known of what an equation does with it."""
-    origin, op = step.ins[number], step.name
+    origin = step.ins[number]
     if origin.made < Made.PARAMS or not uses:
         return NO_USES
     if origin.made == Made.PARAMS and any(out.made > Made.PARAMS for out in step.outs):
-        why = f"{op}: an operation on it together with the data that infer_axes cannot read"
+        why = f"{step.name}: an operation on it together with the data that infer_axes cannot read"
         return frozenset({Use("unclear", why)})
-    why = f"{op}: what became of it cannot be read"
-    return frozenset(Use(use.how, use.why) if _is_certain(use) else Use("unclear", why) for use in uses)
-
-
-def _is_certain(use: Use) -> bool:
-    """Whether it stays the use of what the array is computed from, whatever is computed."""
-    return use.how in ("output", "statistic") or (use.how == "other" and use.op != "mul")
+    lost = Use("unclear", f"{step.name}: what became of it cannot be read")
+    # An activation, a statistic or a bias stays one, whatever it is computed from; a scale may be half a kernel.
+    kept = [use.how in ("output", "statistic") or (use.how == "other" and use.op != "mul") for use in uses]
+    return frozenset(
+        Use(use.how, use.why) if is_kept else lost for use, is_kept in zip(uses, kept, strict=True)
+    )
 
 
 def absorbed(use: Use, origin: Origin, result: Origin, why: str) -> Use:
     """Says of parameters that become a part of activations that they are no kernel."""
-    if use.how != "output" or origin.made != Made.PARAMS or result.made == Made.PARAMS:
-        return use
-    return Use("other", why)
+    is_part = origin.made == Made.PARAMS and result.made > Made.PARAMS
+    return Use("other", why) if is_part and use.how == "output" else use

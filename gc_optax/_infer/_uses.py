@@ -1,11 +1,11 @@
 """How an array is used later: what the pass backwards knows of it.
 
-A `Use` has labels for each dimension of the array. For `w` in `x @ w` they are `in` and `out`. What was done to
-`w` before is undone on the labels, as a gradient would come back: for `v` in `x @ v.T` they are `out` and `in`.
+A `Use` has labels for each dimension. For `w` in `x @ w` they are `in` and `out`. What was done to `w` before is undone
+on the labels: for `v` in `x @ v.T` they are `out` and `in`.
 
-A dimension may come from several, so it has a row of pieces, the slowest first, as a reshape has them: in
-`einsum("bi,hid->bhd", x, w.reshape(2, 4, 3))` the first dimension of a `w` of shape (8, 3) has the pieces
-(2, `out`) and (4, `in`): only a part of it is contracted with the data.
+A dimension may come from several, so it is a row of pieces, the slowest first, as a reshape has them: in
+`einsum("bi,hid->bhd", x, w.reshape(2, 4, 3))` the first dimension of `w`, of shape (8, 3), has the pieces (2, `out`)
+and (4, `in`). Only a part of it is contracted with the data.
 """
 
 import collections
@@ -27,13 +27,13 @@ IN, OUT, BATCH, PICK, PART, REDUCED, SUM, TOTAL = (
 
 
 class Piece(NamedTuple):
-    """A part of a dimension: how many entries it has, its labels, and with what it is put together.
+    """A piece of a dimension.
 
     Args:
         size: the number of entries.
         labels: what they are used for.
-        row: the equation that put this piece in a row with others (`jnp.stack([w[0], w[1]])`), or 0: only all
-            pieces of that row together are what the labels speak of.
+        row: what put the piece in a row with others, as the `stack` in `x @ jnp.stack([w[0], w[1]])`: only all of
+            them together are what the labels speak of. 0 if nothing did.
     """
 
     size: int
@@ -42,25 +42,25 @@ class Piece(NamedTuple):
 
 
 Dim = tuple[Piece, ...]
-Window = tuple[tuple[int, int, int], ...]  # dimension, start, stop: what a slice keeps
+Window = tuple[tuple[int, int, int], ...]  # dimension, start and stop of what a slice keeps
 
 
 class Use(NamedTuple):
     """One way in which an array is used.
 
     Args:
-        how: "kernel", contracted with data; "other", certainly no kernel; "term", scales data, and the products
+        how: "kernel", contracted with data; "other", certainly no kernel; "term", scales data, and such products
             are added up; "statistic", only a scale that is computed from it is used; "unclear"; "output",
             returned, or an activation.
         why: for a reader, after the primitive that says so: "add: a bias, a scale or a gate".
         dims: the pieces of each dimension; or nothing, where they do not matter.
         spread: the labels of dimensions along which it is repeated, as a scale of what varies there.
-        hidden: the pieces of rows (see `Piece.row`) that are no dimension of it any more: for `w[0]` in
-            `jnp.stack([w[0], w[1]])`, the row and the labels of its dimension 0.
+        hidden: rows (see `Piece.row`) that it is one piece of, of which it has no dimension, and their labels:
+            for `w[0]` in `x @ jnp.stack([w[0], w[1]])` the stack, and `in`.
         window: the part of the array that is used so, if it is only a part.
         base: what it is added to: a kernel ("sure"), what may be an activation ("maybe"), or nothing.
-        weak: whether only a scale of a whole kernel is computed in this way, a spectral norm say. Another use
-            of the same parameter counts more.
+        weak: whether only a scale of a whole kernel is computed in this way, as a spectral norm is. Any other
+            use of the same parameter counts more.
     """
 
     how: str
@@ -89,10 +89,8 @@ class Use(NamedTuple):
     @property
     def is_scale(self) -> bool:
         """Whether it scales a kernel that has more dimensions than it, and can be no kernel itself."""
-        is_scale_of_inputs = self.spread >= OUT and not any(
-            self.labels(d) >= OUT for d in range(len(self.dims))
-        )
-        return is_scale_of_inputs or (self.spread >= IN and not self.fan_in)
+        has_outputs = any(self.labels(dim) >= OUT for dim in range(len(self.dims)))
+        return (self.spread >= OUT and not has_outputs) or (self.spread >= IN and not self.fan_in)
 
     def relabeled(self, new_labels: Callable[[int, Labels], Labels]) -> "Use":
         """With labels that depend on the dimension and on those of before."""
@@ -102,13 +100,6 @@ class Use(NamedTuple):
         )
         return self._replace(dims=tuple(dims))
 
-    def with_dims(self, dims: Sequence[Dim], gone: Iterable[Piece]) -> "Use":
-        """With other dimensions, and without some pieces that those of before had."""
-        hidden = {
-            (piece.row, piece.labels) for piece in gone if piece.size == 1 and piece.row and piece.labels
-        }
-        return self._replace(dims=tuple(dims), hidden=self.hidden | hidden)
-
     def moved_back(self, sources: Sources, old: Shape) -> "Use":
         """The use of an array, from the use of its entries at other places."""
         if not self.dims:
@@ -117,42 +108,45 @@ class Use(NamedTuple):
         for pieces, source in zip(self.dims, sources, strict=True):
             for dim in source:
                 dims[dim] = pieces
-        gone = (
-            piece for pieces, source in zip(self.dims, sources, strict=True) if not source for piece in pieces
-        )
-        return self.with_dims(dims, gone)
+        gone = (pieces for pieces, source in zip(self.dims, sources, strict=True) if not source)
+        return self._without(itertools.chain.from_iterable(gone))._replace(dims=tuple(dims))
 
     def reshaped_back(self, order: Sequence[int], old: Shape) -> "Use":
-        """The use of an array that is read in an order of its dimensions and cut anew."""
+        """The use of an array whose dimensions are read in some order and cut anew."""
         if not self.dims:
             return self
         row = list(itertools.chain.from_iterable(self.dims))
         dims = dict(zip(order, cut_anew(row, [old[dim] for dim in order]), strict=True))
-        return self.with_dims([dims[dim] for dim in range(len(old))], row)
+        return self._without(row)._replace(dims=tuple(dims[dim] for dim in range(len(old))))
 
-    def cut_back(self, dims: Iterable[int], old: Shape, label: Labels = BATCH) -> "Use":
-        """The use of an array, from the use of a part of it along some dimensions, nobody knows which part."""
-        if not self.dims:
-            return self
-        resized, is_piece = self.resized(old), any(labels >= IN for _, labels in self.hidden)
-        cut = set(dims)
-
-        def of_whole(dim: int, labels: Labels) -> Labels:
-            if dim not in cut:
-                return labels
-            return labels | IN | PART if is_piece or resized.labels(dim) >= IN else labels or label
-
-        return resized.relabeled(of_whole)
+    def _without(self, gone: Iterable[Piece]) -> "Use":
+        """Remembers of which rows the pieces were that it has no dimension for any more."""
+        hidden = {
+            (piece.row, piece.labels) for piece in gone if piece.size == 1 and piece.row and piece.labels
+        }
+        return self._replace(hidden=self.hidden | hidden)
 
     def resized(self, shape: Shape, row: Hashable = None) -> "Use":
-        """The use of an array of another extent; the dimensions that differ become pieces of a row, if given."""
+        """The use of an array of another extent; what differs becomes a piece of a row, if one is given."""
         if not self.dims:
             return self
         dims = zip(self.dims, shape, strict=True)
         return self._replace(dims=tuple(_resized(pieces, size, row) for pieces, size in dims))
 
+    def cut_back(self, cut: Sequence[int], old: Shape, label: Labels = BATCH) -> "Use":
+        """The use of an array, from the use of a part of it along some dimensions, nobody knows which part."""
+        if not self.dims:
+            return self
+        whole, is_piece = self.resized(old), any(labels >= IN for _, labels in self.hidden)
+        summed = {dim for dim in cut if is_piece or whole.labels(dim) >= IN}
+        return whole.relabeled(
+            lambda dim, labels: (
+                labels | IN | PART if dim in summed else labels or label if dim in cut else labels
+            )
+        )
+
     def alone(self) -> "Use":
-        """Without the rows that its pieces are in: what takes turns with others is no part of a row."""
+        """Without the rows that it is a piece of, since it takes turns with others there."""
         dims = (tuple(piece._replace(row=0) for piece in pieces) for pieces in self.dims)
         return self._replace(dims=tuple(dims), hidden=frozenset((0, labels) for _, labels in self.hidden))
 
@@ -167,13 +161,18 @@ def labeled(shape: Shape, labels: Iterable[Labels]) -> tuple[Dim, ...]:
     return tuple((Piece(size, of_one),) for size, of_one in zip(shape, labels, strict=True))
 
 
+# Pieces.
+
+
 def cut_anew(row: Iterable[Piece], sizes: Sequence[int]) -> list[Dim]:
     """Cuts a row of pieces into dimensions of other sizes.
 
-    Where the cuts do not fall between pieces or divide them, as from (4, 6) to (3, 8), labels can no longer be
-    told apart, and each of these dimensions has those of all.
+    Where the cuts do not fall between pieces or divide them, as from (4, 6) to (3, 8), labels can no longer be told
+    apart, and each of these dimensions has those of all.
     """
-    rest, dims = _joined(row)[::-1], list[Dim]()
+    runs = itertools.groupby((piece for piece in row if piece.size != 1), lambda piece: piece[1:])
+    rest = [Piece(math.prod(piece.size for piece in run), *alike) for alike, run in runs][::-1]
+    dims = list[Dim]()
     while len(dims) < len(sizes):
         size, taken = sizes[len(dims)], list[Piece]()
         while size > 1 and rest:
@@ -191,12 +190,6 @@ def cut_anew(row: Iterable[Piece], sizes: Sequence[int]) -> list[Dim]:
     return dims
 
 
-def _joined(row: Iterable[Piece]) -> list[Piece]:
-    """A row without pieces of one entry, and with one piece for each run of pieces that are used alike."""
-    runs = itertools.groupby((piece for piece in row if piece.size != 1), lambda piece: piece[1:])
-    return [Piece(math.prod(piece.size for piece in run), *alike) for alike, run in runs]
-
-
 def _blended(taken: list[Piece], rest: list[Piece], sizes: Sequence[int]) -> list[Dim]:
     """The next dimensions, with the labels of all pieces up to where pieces and dimensions end together."""
     have, want, number = math.prod(piece.size for piece in taken), sizes[0], 1
@@ -212,14 +205,13 @@ def _blended(taken: list[Piece], rest: list[Piece], sizes: Sequence[int]) -> lis
 
 def _resized(pieces: Dim, size: int, row: Hashable) -> Dim:
     """A dimension of another size. Its slowest piece is what grows or shrinks, where the sizes allow it."""
-    before, inner = math.prod(piece.size for piece in pieces), math.prod(piece.size for piece in pieces[1:])
-    if before == size:
+    inner = math.prod(piece.size for piece in pieces[1:])
+    if pieces[0].size * inner == size:
         return pieces
-    if size % max(inner, 1):
-        labels = NONE.union(*(piece.labels for piece in pieces))
-        return (Piece(size, labels, pieces[0].row if row is None else row),)
-    first = pieces[0]._replace(size=size // max(inner, 1))
-    return (first if row is None else first._replace(row=row), *pieces[1:])
+    first = pieces[0] if row is None else pieces[0]._replace(row=row)
+    if inner == 0 or size % inner:
+        return (first._replace(size=size, labels=NONE.union(*(piece.labels for piece in pieces))),)
+    return (first._replace(size=size // inner), *pieces[1:])
 
 
 # From the uses of the parts of an array to those of the array.
@@ -228,38 +220,34 @@ def _resized(pieces: Dim, size: int, row: Hashable) -> Dim:
 def put_together(uses: Iterable[Use], shape: Shape) -> Uses:
     """The uses of an array, from those of its parts.
 
-    In `x @ jnp.stack([w[0], w[1], w[2]])` each row of `w` is a piece of the same row, and together they are all
-    of `w`: dimension 0 is contracted. In `x @ w[:4] + z @ w[4:]` only a part of it is, each time.
+    In `x @ jnp.stack([w[0], w[1], w[2]])` each row of `w` is a piece of the same row, and together they are all of
+    `w`: dimension 0 is contracted. In `x @ w[:4] + z @ w[4:]` only a part of it is, each time.
     """
     parts = collections.defaultdict[tuple[Use, tuple[int, ...]], set[Window]](set)
     for use in uses:
-        parts[_enlarged(use, shape) if use.window else use, tuple(dim for dim, _, _ in use.window)].add(
-            use.window
-        )
+        cut = tuple(dim for dim, _, _ in use.window)
+        parts[_enlarged(use, shape) if cut else use, cut].add(use.window)
     return frozenset(_of_parts(use, cut, windows, shape) for (use, cut), windows in parts.items())
 
 
 def _enlarged(use: Use, shape: Shape) -> Use:
     """The use of a whole array of which every part is used like the one at hand."""
-    whole = use._replace(window=())
+    whole, cut = use._replace(window=()), {dim: stop - start for dim, start, stop in use.window}
     if not use.dims:
         return whole
-    dims, lost = list(use.dims), {dim for dim, start, stop in use.window if stop - start == 1 and not use.labels(dim)}
-    if lost and use.hidden:
-        # Which piece of which row was at which dimension is known only if there is one.
+    if use.hidden and (lost := {dim for dim, size in cut.items() if size == 1 and not use.labels(dim)}):
+        # With two rows, and two dimensions, nobody knows which piece was where.
         row, labels = next(iter(use.hidden)) if len(use.hidden) == 1 else (0, IN | PART)
-        dims = [(Piece(1, labels, row),) if dim in lost else pieces for dim, pieces in enumerate(dims)]
-        whole = whole._replace(hidden=frozenset())
-    cut = {dim for dim, _, _ in use.window}
-    whole = whole._replace(dims=tuple(dims)).resized(shape)
-    return whole.relabeled(lambda dim, labels: labels or BATCH if dim in cut else labels)
+        dims = ((Piece(1, labels, row),) if dim in lost else pieces for dim, pieces in enumerate(use.dims))
+        whole = whole._replace(dims=tuple(dims), hidden=frozenset())
+    return whole.resized(shape).relabeled(lambda dim, labels: labels or BATCH if dim in cut else labels)
 
 
 def _of_parts(use: Use, cut: Sequence[int], windows: set[Window], shape: Shape) -> Use:
     """The use of an array whose parts in some windows are used so, and its other parts are not."""
     if not use.dims or not cut:
         return use
-    seen = {dim: {(start, stop) for window in windows for d, start, stop in window if d == dim} for dim in cut}
+    seen = {dim: {part for window in windows for part in window if part[0] == dim} for dim in cut}
     summed = [dim for dim in cut if use.labels(dim) >= IN]
     moving = [dim for dim in summed if len(seen[dim]) > 1]
     is_row = all(piece.row for dim in summed for piece in use.dims[dim] if piece.labels >= IN)

@@ -25,14 +25,8 @@ EACH_BY_ITSELF = (
 )
 # What makes an array of nothing, or of a number.
 MAKING_ARRAYS = ("broadcast_in_dim", "random_bits", "rng_bit_generator", "threefry2x32")
-
-
-def has_own_derivative(name: str) -> bool:
-    """Whether a function says itself what its derivative is, so that its body does not say where gradients go."""
-    return name.startswith("custom_")
-
-
-# Forwards.
+# A function that says itself what its derivative is: its body does not say where gradients go.
+OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
 def read(jaxpr: Any, ins: Sequence[Origin], own: bool, alone: bool) -> Tape:
@@ -49,26 +43,22 @@ def read(jaxpr: Any, ins: Sequence[Origin], own: bool, alone: bool) -> Tape:
     env.update(zip(inside.invars, ins, strict=True))
 
     def look(atom: Any) -> Origin:
-        if is_literal(atom):
-            return _given(atom, atom.val)
-        return env[atom] if env[atom].source else env[atom]._replace(source=id(atom))
+        origin = _given(atom, atom.val) if is_literal(atom) else env[atom]
+        return origin if origin.source or is_literal(atom) else origin._replace(source=id(atom))
 
     for eqn in inside.eqns:
-        origins = [look(atom) for atom in eqn.invars]
+        origins, name = [look(atom) for atom in eqn.invars], eqn.primitive.name
         outs, bodies = _results(eqn, origins, own, alone)
-        name = eqn.primitive.name
         outs = [settled(origin, var, name, own, alone) for origin, var in zip(outs, eqn.outvars, strict=True)]
         env.update(zip(eqn.outvars, outs, strict=True))
         steps.append(Step(eqn, origins, outs, bodies))
-    return Tape(inside, list(ins), steps, [look(atom) for atom in inside.outvars])
+    return Tape(inside, steps, [look(atom) for atom in inside.outvars])
 
 
 def _given(atom: Any, value: Any) -> Origin:
-    """Where what is closed over, or written into an equation, comes from."""
-    shape = shape_of(atom)
-    if is_key(atom):
-        return CONSTANT
-    return Origin(Made.CLOSED if shape else Made.CONSTANT, big(shape), value=indices(value))
+    """Where what is closed over, or stands in an equation, comes from."""
+    made = Made.CLOSED if shape_of(atom) and not is_key(atom) else Made.CONSTANT
+    return Origin(made, big(shape_of(atom)), value=indices(value))
 
 
 def _results(eqn: Any, ins: list[Origin], own: bool, alone: bool) -> tuple[list[Origin], list[Tape]]:
@@ -76,8 +66,7 @@ def _results(eqn: Any, ins: list[Origin], own: bool, alone: bool) -> tuple[list[
     if name in LOOPS:
         return _loop(eqn, ins, own, alone)
     if bodies := bodies_of(eqn):
-        own = own or has_own_derivative(name)
-        tapes = [read(body, ins[name == "cond" :], own, alone) for body in bodies]
+        tapes = [read(body, ins[name == "cond" :], own or name in OWN_DERIVATIVE, alone) for body in bodies]
         return [join_all(each) for each in zip(*(tape.outs for tape in tapes), strict=True)], tapes
     if name in EACH_BY_ITSELF and len(ins) == len(eqn.outvars):
         return ins, []
@@ -124,10 +113,10 @@ def read_back(tape: Tape, outputs: Sequence[Uses], own: bool = False) -> list[Us
     env: dict[Any, set[Use]] = {}
 
     def add(atom: Any, origin: Origin, uses: Iterable[Use]) -> None:
-        if (origin.has_params or origin.made == Made.DATA) and not is_literal(atom):
-            if own or carries_gradient(atom):
-                found = map(_of_data, uses) if origin.made == Made.DATA else uses
-                env.setdefault(atom, set()).update(found)
+        is_used = not is_literal(atom) and (own or carries_gradient(atom))
+        if is_used and (origin.has_params or origin.made == Made.DATA):
+            found = map(_of_data, uses) if origin.made == Made.DATA else uses
+            env.setdefault(atom, set()).update(found)
 
     def look(atom: Any, axis: int | None = None) -> Uses:
         uses = env.get(atom, NO_USES)
@@ -141,7 +130,7 @@ def read_back(tape: Tape, outputs: Sequence[Uses], own: bool = False) -> list[Us
         axis = step.eqn.params["dimension"] if step.name == "concatenate" else None
         uses = [look(var, axis) for var in step.eqn.outvars]
         if any(uses):
-            for start in zip(step.eqn.invars, step.ins, _uses_before(step, uses, own), strict=True):
+            for start in zip(step.eqn.invars, step.ins, _before(step, uses, own), strict=True):
                 add(*start)
     return [look(var) for var in tape.jaxpr.invars]
 
@@ -155,25 +144,19 @@ def _of_data(use: Use) -> Use:
     return OUTPUT._replace(weak=use.weak or is_scale_of_kernel)
 
 
-def _uses_before(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
-    """How the arguments of an equation are used; weak uses of its results make weak uses of them."""
-    strong = [frozenset(use for use in of_one if not use.weak) for of_one in uses]
-    if strong == uses:
-        return _before(step, uses, own)
-    weak = [frozenset(use._replace(weak=False) for use in of_one if use.weak) for of_one in uses]
-    both = zip(_before(step, strong, own), _before(step, weak, own), strict=True)
-    return [{*certain, *(use._replace(weak=True) for use in doubtful)} for certain, doubtful in both]
-
-
 def _before(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
-    if not any(uses):
+    """How the arguments of an equation are used. Weak uses of its results make weak uses of its arguments."""
+    if weak := NO_USES.union(*uses).difference(*([use for use in of_one if not use.weak] for of_one in uses)):
+        certain = _before(step, [of_one - weak for of_one in uses], own)
+        parts = [frozenset(use._replace(weak=False) for use in of_one & weak) for of_one in uses]
+        both = zip(certain, _before(step, parts, own), strict=True)
+        return [{*strong, *(use._replace(weak=True) for use in others)} for strong, others in both]
+    if not any(uses) or (step.name == "stop_gradient" and not own):
         return [NO_USES] * len(step.ins)
     if step.name in LOOPS:
         return _loop_back(step, uses, own)
     if step.bodies:
-        return _bodies_back(step, uses, own or has_own_derivative(step.name))
-    if step.name == "stop_gradient" and not own:
-        return [NO_USES]
+        return _bodies_back(step, uses, own or step.name in OWN_DERIVATIVE)
     if step.name in EACH_BY_ITSELF and len(step.ins) == len(uses):
         return list(uses)
     return uses_of_arguments(step, uses)
@@ -181,12 +164,11 @@ def _before(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
 
 def _bodies_back(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
     """The uses of what goes into a function or into branches. Inside `shard_map` arrays are smaller."""
-    first = len(step.ins) - len(step.bodies[0].ins)
     found: list[set[Use]] = [set() for _ in step.ins]
     for tape in step.bodies:
         after = list(map(_entered, uses, tape.outs, step.outs)) if len(step.bodies) > 1 else uses
         inside = [_resized(of_one, var) for of_one, var in zip(after, tape.jaxpr.outvars, strict=True)]
-        for number, of_one in enumerate(read_back(tape, inside, own), first):
+        for number, of_one in enumerate(read_back(tape, inside, own), start=step.name == "cond"):
             found[number] |= _resized(of_one, step.eqn.invars[number])
     return list(found)
 
@@ -203,8 +185,7 @@ def _entered(uses: Uses, origin: Origin, slot: Origin) -> Uses:
 
 def _loop_back(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
     _, first, fixed, carried = loop_of(step.eqn)
-    tape, end = step.bodies[0], fixed + carried
-    slots, carry = tape.ins[fixed:end], list(uses[:carried])
+    tape, slots, carry, end = step.bodies[0], step.outs[:carried], list(uses[:carried]), fixed + carried
     each = [frozenset(_of_one_round(use, id(step)) for use in of_one) for of_one in uses[carried:]]
     for _ in range(MOST_ROUNDS):
         ins = read_back(tape, [*map(_entered, carry, tape.outs[:carried], slots), *each], own)
@@ -216,18 +197,17 @@ def _loop_back(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
         lost = Use("unclear", f"{step.name}: a loop reshapes it from round to round")
         carry = [frozenset({lost}) if of_one else NO_USES for of_one in carry]
     starts = map(_entered, carry, step.ins[first + fixed :], slots)
-    looped = (
-        frozenset(_of_all_rounds(use, id(step), shape_of(var)) for use in of_one)
-        for of_one, var in zip(ins[end:], step.eqn.invars[first + end :], strict=True)
+    looped = zip(ins[end:], step.eqn.invars[first + end :], strict=True)
+    rows = (
+        frozenset(_of_all_rounds(use, id(step), shape_of(var)) for use in of_one) for of_one, var in looped
     )
-    return [*[NO_USES] * first, *ins[:fixed], *starts, *looped]
+    return [*[NO_USES] * first, *ins[:fixed], *starts, *rows]
 
 
 def _of_one_round(use: Use, loop: int) -> Use:
     """The use of what a loop stacks up, for what comes from one round: a piece of a row."""
-    if use.how == "output" or not use.dims:
-        return use._replace(dims=use.dims[1:])
-    return use._replace(dims=use.dims[1:], hidden=use.hidden | {(loop, use.labels(0))})
+    hidden = use.hidden | {(loop, use.labels(0))} if use.dims and use.how != "output" else use.hidden
+    return use._replace(dims=use.dims[1:], hidden=hidden)
 
 
 def _of_all_rounds(use: Use, loop: int, shape: tuple[int, ...]) -> Use:
