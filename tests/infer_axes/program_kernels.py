@@ -1,7 +1,8 @@
 """How a generated program stores a kernel, and what it does to it before it is used.
 
-A preparation is given the kernel that it has to leave, and returns the kernel that it needs together with the step
-from the one to the other, or None where it has no place. A storage is given the kernel that it has to supply.
+A preparation is given the kernel that it has to leave, and returns the kernel that it needs together with
+the step from the one to the other, or None where it has no place. A storage is given the kernel that it has
+to supply, and returns what makes it of the parameters.
 """
 
 import math
@@ -98,7 +99,7 @@ def weight_norm_with_gain(b: Builder, kernel: Kernel) -> Prepared:
     gain = b.alone(kernel.shape[axis])
     return (
         kernel,
-        lambda v, w: w / jnp.linalg.norm(w, axis=axes, keepdims=True) * along(kernel, axis, v[gain]),
+        lambda v, w: w / jnp.sqrt(jnp.sum(w**2, axes, keepdims=True)) * along(kernel, axis, v[gain]),
     )
 
 
@@ -130,7 +131,7 @@ def standardized(b: Builder, kernel: Kernel) -> Prepared:
     return kernel, lambda v, w: (w - w.mean(axes, keepdims=True)) / (w.std(axes, keepdims=True) + 1e-3)
 
 
-@part(PREPARATIONS, "masked by a constant", entrywise=True)
+@part(PREPARATIONS, "masked by a constant")
 def masked_by_constant(b: Builder, kernel: Kernel) -> Prepared:
     mask = np.float32([b.chance(0.8) for _ in range(math.prod(kernel.shape))]).reshape(kernel.shape)
     if b.chance(0.5):
@@ -382,17 +383,18 @@ def split_and_concatenated(b: Builder, kernel: Kernel) -> Prepared:
     return kernel, lambda v, w: jnp.concatenate(jnp.split(w, w.shape[axis], axis), axis)
 
 
-@part(PREPARATIONS, "beside another kernel, then split", entrywise=True)
-def beside_another(b: Builder, kernel: Kernel) -> Prepared:
-    """The other kernel is used for nothing, as where a projection of keys is computed and not needed."""
-    axis = b.random.choice(kernel.axes())
-    constant = np.ones(kernel.shape, np.float32)
+@part(PREPARATIONS, "beside zeros", entrywise=True)
+def beside_zeros(b: Builder, kernel: Kernel) -> Prepared:
+    axes = kernel.axes("io", 4)
+    if not axes:
+        return None
+    axis = b.random.choice(axes)
+    shape = kernel.resized(axis, 1).shape
 
     def step(v, w):
-        both = jnp.concatenate([w, constant], axis)
-        return jnp.split(both, 2, axis)[0]
+        return jnp.concatenate([w, jnp.zeros(shape)], axis)
 
-    return kernel, step
+    return kernel.resized(axis, kernel.shape[axis] - 1), step
 
 
 @part(PREPARATIONS, "joined to another kernel", entrywise=True)

@@ -1,8 +1,8 @@
 """The layers of a generated program, and where it starts.
 
-Every layer takes an array of shape (batch, tokens, channels) and returns one. It is told the numbers of tokens and
-of channels, and returns the function that applies it and those numbers after it. No layer counts on the batch: under
-`vmap` it is one.
+Every layer takes an array of shape (batch, tokens, channels) and returns one. It is told the numbers of
+tokens and of channels, and returns the function that applies it and those numbers after it, or None where it
+has no place. No layer counts on the size of the batch, which is one under `vmap`.
 """
 
 import math
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from program_parts import LAYERS, STARTS, Builder, Kernel, part
 
@@ -37,6 +38,7 @@ def lookup(b: Builder) -> Layer:
     tokens, channels = b.random.choice([3, 4, 6]), b.size()
     name, table = b.batch_of(tokens, dtype=jnp.int32), b.alone(11, channels)
     b.needs_arguments = True
+    b.table = (table, channels)
     if b.chance(0.3):
         return lambda v: jax.nn.one_hot(v[name], 11) @ v[table], tokens, channels
     return lambda v: v[table][v[name]], tokens, channels
@@ -193,6 +195,26 @@ def joined_kernels(b: Builder, tokens: int, channels: int) -> Layer:
     return lambda v, h: h @ jnp.concatenate([left(v), right(v)], 1), tokens, 2 * size
 
 
+@part(LAYERS, "kernels joined and taken apart")
+def joined_and_split(b: Builder, tokens: int, channels: int) -> Layer:
+    size = b.size()
+    left, right = b.matrix(channels, size), b.matrix(channels, size)
+    axis = b.random.choice([0, 1])
+
+    def apply(v, h):
+        first, second = jnp.split(jnp.concatenate([left(v), right(v)], axis), 2, axis)
+        return jnp.tanh(h @ first) * (h @ second)
+
+    return apply, tokens, size
+
+
+@part(LAYERS, "outputs beside the inputs")
+def dense_net(b: Builder, tokens: int, channels: int) -> Layer:
+    size = b.size()
+    w = b.matrix(channels, size)
+    return lambda v, h: jnp.concatenate([h, jnp.tanh(h @ w(v))], -1), tokens, channels + size
+
+
 @part(LAYERS, "halves of the inputs", entrywise=True)
 def halves(b: Builder, tokens: int, channels: int) -> Layer:
     """Each half of the rows has outputs of its own: no axes can say the fan-in."""
@@ -219,9 +241,26 @@ def low_rank(b: Builder, tokens: int, channels: int) -> Layer:
 def lora(b: Builder, tokens: int, channels: int) -> Layer:
     size = b.size()
     base, down, up = b.floats(channels, size), b.matrix(channels, 2), b.matrix(2, size)
-    if b.chance(0.5):
-        return lambda v, h: h @ (v[base] + 0.5 * down(v) @ up(v)), tokens, size
     return lambda v, h: h @ v[base] + h @ down(v) @ up(v), tokens, size
+
+
+@part(LAYERS, "low rank added to an argument")
+def merged_lora(b: Builder, tokens: int, channels: int) -> Layer:
+    """Without preparations: what a mask does to a factor, data would do to a table."""
+    size = b.size()
+    base, down, up = b.floats(channels, size), b.kernel((channels, 2), "io", 0), b.kernel((2, size), "io", 0)
+    return lambda v, h: h @ (v[base] + 0.5 * down(v) @ up(v)), tokens, size
+
+
+@part(LAYERS, "low rank added to a frozen parameter")
+def frozen_lora(b: Builder, tokens: int, channels: int) -> Layer:
+    size = b.size()
+    base, down, up = b.alone(channels, size), b.kernel((channels, 2), "io", 0), b.kernel((2, size), "io", 0)
+
+    def apply(v, h):
+        return h @ (lax.stop_gradient(v[base]) + 0.5 * down(v) @ up(v))
+
+    return apply, tokens, size
 
 
 @part(LAYERS, "complex", entrywise=True)
@@ -251,9 +290,10 @@ def used_twice(b: Builder, tokens: int, channels: int) -> Layer:
 @part(LAYERS, "used both ways")
 def used_both_ways(b: Builder, tokens: int, channels: int) -> Layer:
     """A tied autoencoder: the two uses have different fan-ins."""
-    if channels < 2:
+    size = b.size()
+    if min(channels, size) < 2:
         return None
-    name = b.alone(channels, b.size())
+    name = b.alone(channels, size)
     return lambda v, h: jnp.tanh(h @ v[name]) @ v[name].T, tokens, channels
 
 
@@ -288,6 +328,8 @@ def conv_1d(b: Builder, tokens: int, channels: int) -> Layer:
 @part(LAYERS, "conv 2-d", entrywise=True)
 def conv_2d(b: Builder, tokens: int, channels: int) -> Layer:
     size, height, width = b.size(), b.random.choice([1, 2]), b.random.choice([2, 3])
+    if rows_of(tokens) == 1:
+        return None
     w = b.kernel((height, width, channels, size), "iiio")
     rows = rows_of(tokens)
 
@@ -303,6 +345,8 @@ def conv_2d(b: Builder, tokens: int, channels: int) -> Layer:
 @part(LAYERS, "conv 2-d, channels first", entrywise=True)
 def conv_channels_first(b: Builder, tokens: int, channels: int) -> Layer:
     size, width = b.size(), b.random.choice([2, 3])
+    if rows_of(tokens) == 1:
+        return None
     w = b.kernel((size, channels, 2, width), "oiii")
     rows = rows_of(tokens)
 
@@ -312,6 +356,19 @@ def conv_channels_first(b: Builder, tokens: int, channels: int) -> Layer:
         return jnp.moveaxis(y, 1, -1).reshape(len(h), tokens, size)
 
     return apply, tokens, size
+
+
+@part(LAYERS, "conv of patches", entrywise=True)
+def conv_of_patches(b: Builder, tokens: int, channels: int) -> Layer:
+    if tokens % 2:
+        return None
+    size = b.size()
+    w = b.kernel((2, channels, size), "iio")
+
+    def apply(v, h):
+        return lax.conv_general_dilated(h, w(v), (2,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+
+    return apply, tokens // 2, size
 
 
 @part(LAYERS, "grouped conv", entrywise=True)
@@ -425,7 +482,7 @@ def picked_experts(b: Builder, tokens: int, channels: int) -> Layer:
 @part(LAYERS, "an expert picked by index")
 def picked_expert(b: Builder, tokens: int, channels: int) -> Layer:
     count, size = b.random.choice([2, 3]), b.size()
-    index = b._given(b.side, jax.ShapeDtypeStruct((), jnp.int32))
+    index = b.integers()
     w = b.kernel((count, channels, size), "bio")
     return lambda v, h: h @ w(v)[v[index]], tokens, size
 
@@ -460,7 +517,7 @@ def gated_experts(b: Builder, tokens: int, channels: int) -> Layer:
 @part(LAYERS, "ragged experts")
 def ragged_experts(b: Builder, tokens: int, channels: int) -> Layer:
     count, size = b.random.choice([2, 3]), b.size()
-    sizes = b._given(b.side, jax.ShapeDtypeStruct((count,), jnp.int32))
+    sizes = b.integers(count)
     w = b.kernel((count, channels, size), "bio")
     b.can_be_vmapped = False
 
@@ -638,6 +695,29 @@ def unrolled(b: Builder, tokens: int, channels: int) -> Layer:
 
 
 # What is no weight.
+
+
+@part(LAYERS, "tied embeddings")
+def tied_embeddings(b: Builder, tokens: int, channels: int) -> Layer:
+    """The table is a lookup and the weight of the outputs: it is left alone."""
+    if b.table is None:
+        return None
+    table, size = b.table
+    w = b.matrix(channels, size)
+    return lambda v, h: (h @ w(v)) @ v[table].T, tokens, 11
+
+
+@part(LAYERS, "bias of relative positions")
+def relative_positions(b: Builder, tokens: int, channels: int) -> Layer:
+    """A table that constant indices look up, and attention scores that it is added to."""
+    query, table = b.matrix(channels, channels), b.alone(2 * tokens - 1)
+    index = np.arange(tokens)[:, None] - np.arange(tokens) + tokens - 1
+
+    def apply(v, h):
+        scores = jnp.einsum("bqc,bkc->bqk", h @ query(v), h) + v[table][index]
+        return jax.nn.softmax(scores) @ h
+
+    return apply, tokens, channels
 
 
 @part(LAYERS, "LayerNorm")

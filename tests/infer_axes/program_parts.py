@@ -1,4 +1,4 @@
-"""What the parts of a generated program are drawn with: the registry of the parts, and the builder that collects them.
+"""What a generated program is put together with: the registry of its parts, and the builder that draws them.
 
 A program is a function of parameters and of arguments that is put together at random, and the fan-in of
 every parameter is known because the parts say what each axis is for. The truth never comes from reading the
@@ -50,6 +50,7 @@ class Parameter:
 
     shape: tuple[int, ...]
     fan_in: tuple[int, ...]
+    has_axes: bool  # otherwise it has a fan-in, and no axes can say which
     parts: list[str]
 
 
@@ -99,12 +100,13 @@ class Builder:
         # Where a constant array acts on a weight, data that are constant too could not be told from it.
         self.needs_arguments = False
         self.can_be_vmapped = True
+        self.table: tuple[str, int] | None = None  # of the tokens, and its channels
 
     def chance(self, probability: float) -> bool:
         return self.random.random() < probability
 
     def size(self) -> int:
-        return self.random.choice([2, 3, 4, 5, 6, 7])
+        return 1 if self.chance(0.03) else self.random.choice([2, 3, 4, 5, 6, 7])
 
     def draw(self, kind: dict[str, Callable[..., Any]], at: str) -> tuple[str, Callable[..., Any]]:
         """A part of a kind, and its name in reports."""
@@ -127,6 +129,10 @@ class Builder:
     def batch_of(self, *shape: int, dtype: Any = jnp.float32) -> str:
         """An argument with the batch as its first axis."""
         return self._given(self.data, jax.ShapeDtypeStruct((self.batch, *shape), dtype))
+
+    def integers(self, *shape: int) -> str:
+        """Indices or counts that are the same for all examples."""
+        return self._given(self.side, jax.ShapeDtypeStruct(shape, jnp.int32))
 
     def _given(self, where: Values, value: Any) -> str:
         name = f"argument_{len(self.data) + len(self.side)}"
@@ -151,7 +157,7 @@ class Builder:
         if not kernel.has_axes or math.prod(kernel.shape[axis] for axis in fan_in) < 2:
             fan_in = ()
         name = f"param_{len(self.params)}"
-        self.params[name] = Parameter(kernel.shape, fan_in, list(self.trail))
+        self.params[name] = Parameter(kernel.shape, fan_in, kernel.has_axes, list(self.trail))
         return name
 
     def kernel(self, shape: tuple[int, ...], roles: str, steps: int | None = None) -> Callable[[Values], Any]:

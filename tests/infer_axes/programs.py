@@ -3,18 +3,19 @@
     python tests/infer_axes/programs.py --programs 20000 --seeds 1 2 3
     python tests/infer_axes/programs.py --case 1:77
 
-A program is a start, one to three layers, a loss, a wrapper and a source of its data. Each kernel is stored in a random
-way and goes through up to four preparations before it is used. The parts are in program_layers.py and
-program_kernels.py; a new one is a function there, registered by `@part`.
+A program is a start, one to three layers, a loss, a wrapper and a source of its data. Each kernel is stored
+in a random way and goes through up to four preparations before it is used. The parts are in program_layers.py
+and program_kernels.py, and below; a new one is a function there, registered by `@part`.
 
 What counts as the truth, where it could be argued about:
 
-- What one operation sums together with the data is fan-in. In `sum(x[:, k] @ w[k] for k in range(3))` the axis of
-  `k` is a batch axis, as in an ensemble. In `sum(roll(x, k) * w[k] for k in range(3))` it is the only fan-in.
-- In `x @ (w @ matrix)` and `x @ (matrix @ w)`, with a constant matrix, the axis of `w` that the data reaches
-  through the matrix or without it is fan-in: axis 0 in both.
-- A parameter that holds a part of a kernel's inputs, as in `x @ concatenate([w, u])`, has its own part of every
-  weight vector for its fan-in.
+- What one operation sums together with the data is fan-in. In `sum(x[:, k] @ w[k] for k in range(3))` the
+  axis of `k` is a batch axis, as in an ensemble. In `sum(roll(x, k) * w[k] for k in range(3))` it is the only
+  fan-in.
+- In `x @ (w @ matrix)` and in `x @ (matrix @ w)`, with a constant matrix, axis 0 of `w` is fan-in: the data
+  meet it, through the matrix or not.
+- A parameter that holds a part of a kernel's inputs, as in `x @ concatenate([w, u])`, has its own part of
+  every weight vector for its fan-in.
 - A fan-in of fewer than two weights is none, and axes of size 1 are neither right nor wrong.
 - No axes are right where a weight vector is a part of an axis, or an axis holds inputs and outputs.
 """
@@ -30,8 +31,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import program_kernels
-import program_layers
+import program_kernels  # noqa: F401 (it registers its parts)
+import program_layers  # noqa: F401
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, AxisType
@@ -39,8 +40,6 @@ from jax.sharding import PartitionSpec as P
 from program_parts import LAYERS, LOSSES, SOURCES, STARTS, WRAPPERS, Builder, Parameter, part
 
 from gc_optax import infer_axes
-
-assert program_kernels is not None and program_layers is not None  # imported for what they register
 
 VERDICTS = ("right", "wrong", "warned", "silent")
 
@@ -212,7 +211,10 @@ class Program:
 
 
 def build(case: str, entrywise: bool = False) -> Program:
-    """The program of a case, "SEED:NUMBER". An entrywise one is of one layer that the gradient can be asked about."""
+    """The program of a case, "SEED:NUMBER".
+
+    An entrywise one is of one layer, of parts whose fan-in the gradient of one output shows.
+    """
     b = Builder(case, entrywise)
     start, steps, tokens, channels = draw_layers(b)
     loss_name, loss = b.draw(LOSSES, "loss")
@@ -242,6 +244,10 @@ def build(case: str, entrywise: bool = False) -> Program:
     return Program(lambda params: fn(params, {}, make()), b.params, (), parts)
 
 
+def residual(apply: Any) -> Any:
+    return lambda v, h: h + apply(v, h)
+
+
 def draw_layers(b: Builder) -> Any:
     """The start, the functions that follow it, and how many tokens and channels they leave."""
     name, drawn = b.draw(STARTS, "start")
@@ -259,8 +265,10 @@ def draw_layers(b: Builder) -> Any:
         if drawn is None:
             b.params = before
             continue
-        apply, tokens, channels = drawn
-        steps.append(apply)
+        steps.append(drawn[0])
+        if drawn[1:] == (tokens, channels) and not b.entrywise and b.chance(0.2):
+            steps[-1] = residual(drawn[0])
+        _, tokens, channels = drawn
         if not b.entrywise and b.chance(0.4):
             steps.append(lambda v, h: jnp.tanh(h))
     return start, steps, tokens, channels
@@ -334,7 +342,7 @@ def show(case: str) -> int:
 
 
 def survey(seeds: list[int], count: int, shown: int) -> int:
-    """Prints what is right, wrong, warned and silent in the programs of these seeds, and which parts it is."""
+    """Prints how many parameters are right, wrong, warned and silent, and in which parts of programs."""
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
