@@ -38,6 +38,10 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 from program_parts import LAYERS, LOSSES, SOURCES, STARTS, WRAPPERS, Builder, Parameter, part
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
 
 from gc_optax import infer_axes
 
@@ -172,8 +176,9 @@ def raveled(b: Builder, model: Any) -> Any:
 # Where the data come from.
 
 
-def filled(struct: Any, value: Any) -> Any:
-    return jax.tree.map(lambda s: value(s), struct)
+def filled(data: Any, value: Any) -> Any:
+    """The data with an array in the place of each shape."""
+    return jax.tree.map(value, data)
 
 
 @part(SOURCES, "arguments", entrywise=True)
@@ -279,6 +284,8 @@ def draw_layers(b: Builder) -> Any:
 
 @dataclasses.dataclass
 class Answer:
+    """What was said of a parameter, and what that is worth: "right", "wrong", "warned" or "silent"."""
+
     parameter: Parameter
     fan_in: tuple[int, ...]
     verdict: str
@@ -316,67 +323,58 @@ def read(program: Program, infer: Any = infer_axes) -> tuple[dict[str, Answer], 
 
 def show(case: str) -> int:
     """Prints one program: its jaxpr, the truth and the answers."""
-    from rich.console import Console
-    from rich.table import Table
-
     program = build(case)
     console = Console()
     console.print(str(jax.make_jaxpr(program.fn)(program.shapes(), *program.args)), markup=False)
-    console.print("; ".join(program.parts))
+    console.print("; ".join(program.parts), markup=False)
     answers, warning = read(program)
     table = Table("parameter", "shape", "truth", "answer", "verdict", "why", "parts")
     for name, answer in answers.items():
         p = answer.parameter
-        table.add_row(
-            name,
-            f"{p.shape}",
-            f"{p.fan_in}",
-            f"{answer.fan_in}",
-            answer.verdict,
-            answer.why,
-            "; ".join(p.parts),
-        )
+        truth = str(p.fan_in) if p.has_axes else "no axes"
+        row = (name, p.shape, truth, answer.fan_in, answer.verdict, answer.why, "; ".join(p.parts))
+        table.add_row(*(escape(str(cell)) for cell in row))
     console.print(table)
     console.print(warning, markup=False)
     return int(any(answer.verdict == "wrong" for answer in answers.values()))
 
 
+Counts = dict[str, collections.Counter[str]]
+
+
+def counted(title: str, counts: Counts) -> Table:
+    """A table of verdicts, those with the most wrong ones first."""
+    table = Table(title, *VERDICTS)
+    for name, verdicts in sorted(counts.items(), key=lambda row: (-row[1]["wrong"], -row[1]["silent"])):
+        table.add_row(escape(name), *(f"{verdicts[verdict]:,}" for verdict in VERDICTS))
+    return table
+
+
 def survey(seeds: list[int], count: int, shown: int) -> int:
     """Prints how many parameters are right, wrong, warned and silent, and in which parts of programs."""
-    from rich.console import Console
-    from rich.progress import track
-    from rich.table import Table
-
     console = Console()
-    totals: dict[str, collections.Counter[str]] = {}
-    by_part: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    failed, lines = [], []
-    for seed in seeds:
-        totals[f"seed {seed}"] = total = collections.Counter()
-        for number in track(range(count), f"seed {seed}", console=console, disable=not console.is_terminal):
-            case = f"{seed}:{number}"
-            program = build(case)
-            try:
-                answers, _ = read(program)
-            except Exception as error:
-                failed.append(f"{case} {type(error).__name__}: {str(error)[:200]} {program.parts}")
-                continue
-            for name, answer in answers.items():
-                total[answer.verdict] += 1
-                for part_name in {*answer.parameter.parts, *program.parts}:
-                    by_part[part_name][answer.verdict] += 1
-                if answer.verdict == "wrong":
-                    lines.append(f"{case} {name} {answer}")
-    for title, counts in (("seeds", totals), ("parts with anything wrong or silent", by_part)):
-        table = Table(title, *VERDICTS)
-        for name, verdicts in sorted(counts.items(), key=lambda c: (-c[1]["wrong"], -c[1]["silent"])):
-            if counts is totals or verdicts["wrong"] or verdicts["silent"]:
-                table.add_row(name, *(f"{verdicts[verdict]:,}" for verdict in VERDICTS))
-        console.print(table)
-    for line in [*lines[:shown], *failed[:shown]]:
+    by_seed: Counts = collections.defaultdict(collections.Counter)
+    by_part: Counts = collections.defaultdict(collections.Counter)
+    wrong, failed = [], []
+    cases = [(seed, f"{seed}:{number}") for seed in seeds for number in range(count)]
+    for seed, case in track(cases, "Programs", console=console, disable=not console.is_terminal):
+        program = build(case)
+        try:
+            answers, _ = read(program)
+        except Exception as error:
+            failed.append(f"{case} {type(error).__name__}: {str(error)[:200]}; {program.parts}")
+            continue
+        for name, answer in answers.items():
+            by_seed[f"seed {seed}"][answer.verdict] += 1
+            for name_of_part in {*answer.parameter.parts, *program.parts}:
+                by_part[name_of_part][answer.verdict] += 1
+            if answer.verdict == "wrong":
+                wrong.append(f"--case {case}, {name}: {answer}")
+    console.print(counted("parameters", by_seed))
+    console.print(counted("parts", {part: n for part, n in by_part.items() if n["wrong"] or n["silent"]}))
+    for line in [*wrong[:shown], *failed[:shown]]:
         console.print(line, markup=False)
-    wrong = sum(total["wrong"] for total in totals.values())
-    console.print(f"{wrong} parameters wrong, {len(failed)} programs that could not be read")
+    console.print(f"{len(wrong):,} parameters wrong, {len(failed):,} programs that could not be read")
     return int(bool(wrong or failed))
 
 
@@ -384,8 +382,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--programs", type=int, default=1000, help="how many of each seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--show", type=int, default=10, help="how many wrong answers to print")
-    parser.add_argument("--case", help="SEED:NUMBER, the one program to print")
+    parser.add_argument("--show", type=int, default=10, metavar="N", help="print the first N wrong answers")
+    parser.add_argument("--case", metavar="SEED:NUMBER", help="print one program, the truth and the answers")
     options = parser.parse_args()
     return show(options.case) if options.case else survey(options.seeds, options.programs, options.show)
 
