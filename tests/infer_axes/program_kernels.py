@@ -255,7 +255,7 @@ def permuted(b: Builder, kernel: Kernel) -> Prepared:
 
 @part(PREPARATIONS, "repeated by a constant index", entrywise=True)
 def repeated(b: Builder, kernel: Kernel) -> Prepared:
-    axes = kernel.axes("ob" if b.entrywise else "iob", 3)
+    axes = kernel.axes("obs" if b.entrywise else "iobs", 3)
     if not axes:
         return None
     axis = b.random.choice(axes)
@@ -355,7 +355,7 @@ def restacked_and_permuted(b: Builder, kernel: Kernel) -> Prepared:
 
 @part(PREPARATIONS, "restacked, mirrored")
 def restacked_and_mirrored(b: Builder, kernel: Kernel) -> Prepared:
-    axes = kernel.axes("iob", 3)
+    axes = kernel.axes("iobs", 3)
     if not axes:
         return None
     axis = b.random.choice(axes)
@@ -400,7 +400,7 @@ def beside_zeros(b: Builder, kernel: Kernel) -> Prepared:
 @part(PREPARATIONS, "joined to another kernel", entrywise=True)
 def joined(b: Builder, kernel: Kernel) -> Prepared:
     """Along the inputs as well: each of the two has its own part of every weight vector."""
-    axes = kernel.axes("iob", 2)
+    axes = kernel.axes("iobs", 2)
     if not axes:
         return None
     axis = b.random.choice(axes)

@@ -124,7 +124,7 @@ def product_then_sum(b: Builder, tokens: int, channels: int) -> Layer:
 
 @part(LAYERS, "state times weight, then sum", entrywise=True)
 def state_times_weight(b: Builder, tokens: int, channels: int) -> Layer:
-    w = b.kernel((tokens, channels), "ib")
+    w = b.kernel((tokens, channels), "is")
     return lambda v, h: jnp.sum(h * w(v), 1, keepdims=True), 1, channels
 
 
@@ -140,7 +140,7 @@ def rolled_taps(b: Builder, tokens: int, channels: int) -> Layer:
     taps = b.random.choice([2, 3])
     if tokens < 3:
         return None
-    w = b.kernel((taps, channels), "ib")
+    w = b.kernel((taps, channels), "is")
 
     def apply(v, h):
         kernel = w(v)
@@ -256,6 +256,7 @@ def merged_lora(b: Builder, tokens: int, channels: int) -> Layer:
 def frozen_lora(b: Builder, tokens: int, channels: int) -> Layer:
     size = b.size()
     base, down, up = b.alone(channels, size), b.kernel((channels, 2), "io", 0), b.kernel((2, size), "io", 0)
+    b.has_frozen = True
 
     def apply(v, h):
         return h @ (lax.stop_gradient(v[base]) + 0.5 * down(v) @ up(v))
@@ -418,7 +419,7 @@ def conv_by_fft(b: Builder, tokens: int, channels: int) -> Layer:
     """A convolution as long as the sequence: every output sums over all taps of its channel."""
     if tokens < 2:
         return None
-    w = b.kernel((tokens, channels), "ib")
+    w = b.kernel((tokens, channels), "is")
 
     def apply(v, h):
         product = jnp.fft.rfft(h, axis=1) * jnp.fft.rfft(w(v), axis=0)

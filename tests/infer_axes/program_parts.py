@@ -59,7 +59,9 @@ class Kernel:
     """An array on its way from a parameter to the operation that uses it.
 
     `roles` has a letter for each axis: "i" is summed over together with the data, "o" is none of the data's,
-    "b" stands for kernels beside each other, of experts or of layers.
+    "b" stands for kernels beside each other, of experts or of layers, and "s" is shared with the data, entry
+    by entry. Where a constant matrix acts on such an axis, as in `sum(x[:, k] * (w @ matrix)[k])`, it could
+    be said that the rows of the matrix are the inputs, so no program has this.
     """
 
     shape: tuple[int, ...]
@@ -69,7 +71,7 @@ class Kernel:
     # Whether the outputs are mixed later, as in `w @ H`.
     is_mixed: bool = False
 
-    def axes(self, roles: str = "iob", at_least: int = 1) -> list[int]:
+    def axes(self, roles: str = "iobs", at_least: int = 1) -> list[int]:
         """The axes that have one of these roles and at least this size."""
         return [n for n, role in enumerate(self.roles) if role in roles and self.shape[n] >= at_least]
 
@@ -100,6 +102,7 @@ class Builder:
         # Where a constant array acts on a weight, data that are constant too could not be told from it.
         self.needs_arguments = False
         self.can_be_vmapped = True
+        self.has_frozen = False  # a gradient of its own need not know of `stop_gradient`
         self.table: tuple[str, int] | None = None  # of the tokens, and its channels
 
     def chance(self, probability: float) -> bool:

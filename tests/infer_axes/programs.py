@@ -137,6 +137,8 @@ def mapped(b: Builder, model: Any) -> Any:
 
 @part(WRAPPERS, "custom_vjp")
 def with_own_gradient(b: Builder, model: Any) -> Any:
+    if b.has_frozen:
+        return model
     wrapped = jax.custom_vjp(lambda v, data: model(v, data))
     wrapped.defvjp(lambda v, data: (model(v, data), (v, data)), lambda res, g: jax.vjp(model, *res)[1](g))
     return wrapped
