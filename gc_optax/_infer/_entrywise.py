@@ -123,10 +123,8 @@ def _of_activation(step: Step, use: Use, origin: Origin, others: list[Origin]) -
         if is_penalty and all(use.labels(dim) >= TOTAL for dim in big(step.new)):
             return Use("statistic")
         return _term(step, origin, others, use) or Use("other", why)
-    data = [other for other in others if other.is_data]
-    if origin.is_either and origin.mixed == 2:
-        if any(other.made == Made.DATA or not other.varies <= origin.varies for other in data):
-            return Use("other", why)
+    if origin.is_either and origin.mixed == 2 and any(_may_be_scaled(origin, other) for other in others):
+        return Use("other", why)
     if name not in LINEAR:
         return use.relabeled(lambda dim, labels: labels & TOTAL)._replace(hidden=frozenset())
     if name in SUMS:
@@ -134,6 +132,12 @@ def _of_activation(step: Step, use: Use, origin: Origin, others: list[Origin]) -
     # Only a sum right after a product makes a contraction of it, not that of `x * scale * weight`.
     scaled = union(other.varies for other in others if other.made > Made.FROZEN)
     return use.relabeled(lambda dim, labels: labels - SUM if dim in scaled else labels)
+
+
+def _may_be_scaled(origin: Origin, other: Origin) -> bool:
+    """Whether `other` may be data that parameters scale, as `x` in `x * (w @ rotation)[0]`."""
+    is_array_of_more = other.made == Made.RAW and not other.varies <= origin.varies
+    return other.made == Made.DATA or is_array_of_more or (other.is_either and other.made != origin.made)
 
 
 def _of_kernel_in_sum(step: Step, use: Use, origin: Origin, others: list[Origin], whole: Dims) -> Use:

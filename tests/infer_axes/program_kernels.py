@@ -401,7 +401,7 @@ def beside_zeros(b: Builder, kernel: Kernel) -> Prepared:
 def joined(b: Builder, kernel: Kernel) -> Prepared:
     """Along the inputs as well: each of the two has its own part of every weight vector."""
     axes = kernel.axes("iobs", 2)
-    if not axes:
+    if not axes or not kernel.has_axes:
         return None
     axis = b.random.choice(axes)
     size = b.random.randrange(1, kernel.shape[axis])
@@ -506,6 +506,9 @@ def flat(b: Builder, kernel: Kernel) -> Any:
 
 @part(STORAGES, "slices", entrywise=True)
 def slices(b: Builder, kernel: Kernel) -> Any:
+    """Each slice is a parameter; of a kernel that is used in part, one may be used as a whole."""
+    if not kernel.has_axes:
+        return own(b, kernel)
     axis = b.random.choice(kernel.axes())
     names = [b.parameter(kernel.without(axis)) for _ in range(kernel.shape[axis])]
     return lambda v: jnp.stack([v[name] for name in names], axis)
