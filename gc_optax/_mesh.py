@@ -13,7 +13,9 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from ._axes import Path, PyTree, describe, is_absent, is_array_like, match, place, resolve
+from ._axes import Path, PyTree, is_absent, is_array_like
+from ._resolve import match, resolve
+from ._text import describe, place
 
 PartitionSpecs = PyTree | Callable[[PyTree], PyTree] | None
 
