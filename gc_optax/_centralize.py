@@ -7,7 +7,7 @@ import optax
 
 from ._axes import Axes, Mask, PyTree, WeightAxes, is_absent
 from ._mean import subtract_mean
-from ._mesh import PartitionSpecs, Split, mesh_axes, on_whole, require_shard_map, settle_splits
+from ._mesh import PartitionSpecs, Split, mesh_axes, require_shard_map, settle_splits, whole
 from ._resolve import settle
 
 Where = Literal["gradients", "updates"]
@@ -95,7 +95,7 @@ def centralize(
         # optax.tree_map_params calls `init` with a placeholder that has no leaves: nothing to check.
         if jax.tree.leaves(params):
             splits = settle_splits(params, partition_specs)
-            on_whole(lambda whole: settle(whole, axes, mask), params, splits)
+            settle(whole(params, splits), axes, mask)
         return optax.EmptyState()
 
     def update(
@@ -103,7 +103,7 @@ def centralize(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         splits = _splits_of_shards(updates, partition_specs)
-        settled = on_whole(lambda whole: settle(whole, axes, mask, silent=True), updates, splits)
+        settled = settle(whole(updates, splits), axes, mask, silent=True)
         return _project(updates, settled, splits), state
 
     return optax.GradientTransformation(init, update)
@@ -138,7 +138,7 @@ def centralize_gradients(
         Yong et al., ECCV 2020, https://arxiv.org/abs/2004.01461
     """
     splits = _splits_of_shards(gradients, partition_specs)
-    settled = on_whole(lambda whole: settle(whole, axes, mask), gradients, splits)
+    settled = settle(whole(gradients, splits), axes, mask)
     return _project(gradients, settled, splits)
 
 
