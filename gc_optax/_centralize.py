@@ -5,9 +5,10 @@ from typing import Any, Literal, get_args
 import jax
 import optax
 
-from ._axes import Axes, Mask, PyTree, WeightAxes, is_absent, settle, warn_of_unsettled_kernels
+from ._axes import Axes, Mask, PyTree, WeightAxes, is_absent
 from ._mean import subtract_mean
-from ._mesh import PartitionSpecs, Split, mesh_axes, on_whole, require_shard_map, settle_splits
+from ._mesh import PartitionSpecs, Split, mesh_axes, require_shard_map, settle_splits, whole
+from ._resolve import settle
 
 Where = Literal["gradients", "updates"]
 
@@ -94,7 +95,7 @@ def centralize(
         # optax.tree_map_params calls `init` with a placeholder that has no leaves: nothing to check.
         if jax.tree.leaves(params):
             splits = settle_splits(params, partition_specs)
-            on_whole(lambda whole: _settle_loudly(whole, axes, mask), params, splits)
+            settle(whole(params, splits), axes, mask)
         return optax.EmptyState()
 
     def update(
@@ -102,7 +103,7 @@ def centralize(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         splits = _splits_of_shards(updates, partition_specs)
-        settled = on_whole(lambda whole: settle(whole, axes, mask), updates, splits)
+        settled = settle(whole(updates, splits), axes, mask, silent=True)
         return _project(updates, settled, splits), state
 
     return optax.GradientTransformation(init, update)
@@ -137,7 +138,7 @@ def centralize_gradients(
         Yong et al., ECCV 2020, https://arxiv.org/abs/2004.01461
     """
     splits = _splits_of_shards(gradients, partition_specs)
-    settled = on_whole(lambda whole: _settle_loudly(whole, axes, mask), gradients, splits)
+    settled = settle(whole(gradients, splits), axes, mask)
     return _project(gradients, settled, splits)
 
 
@@ -214,20 +215,15 @@ def centralized(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _settle_loudly(params: PyTree, axes: Axes, mask: Mask) -> list[WeightAxes]:
-    settled = settle(params, axes, mask)
-    if axes is None:
-        warn_of_unsettled_kernels(params, settled)
-    return settled
-
-
 def _splits_of_shards(updates: PyTree, partition_specs: PartitionSpecs) -> list[Split]:
+    """How each leaf of `updates` is split. Where the user says it, they must be shards."""
     if partition_specs is not None:
         require_shard_map()
     return settle_splits(updates, partition_specs)
 
 
 def _project(updates: PyTree, settled: list[WeightAxes], splits: list[Split]) -> PyTree:
+    """`updates` with the mean of every weight vector subtracted."""
     leaves, structure = jax.tree.flatten(updates, is_leaf=is_absent)
     projected = [
         subtract_mean(leaf, weight.fan_in, mesh_axes(split, weight.fan_in)) if weight.fan_in else leaf
@@ -237,6 +233,7 @@ def _project(updates: PyTree, settled: list[WeightAxes], splits: list[Split]) ->
 
 
 def _with_extra_args(role: str, given: Any) -> optax.GradientTransformationExtraArgs:
+    """`given` as a transformation whose `update` takes extra arguments; `role` is its name in an error."""
     if not isinstance(given, optax.GradientTransformation):
         raise TypeError(f"{role} must be an optax.GradientTransformation, got {given!r}")
     return optax.with_extra_args_support(given)

@@ -7,17 +7,18 @@ Under `jit` an array is whole, however it is sharded, and XLA takes its mean acr
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from ._axes import Path, PyTree, describe, is_absent, is_array_like, match, place, resolve
+from ._axes import Path, PyTree, is_absent, is_array_like
+from ._resolve import match, resolve
+from ._text import describe, place
 
 PartitionSpecs = PyTree | Callable[[PyTree], PyTree] | None
-
-Result = TypeVar("Result")
 
 # For the leading dimensions of an array, the mesh axes that split each. Further dimensions are not split.
 Split = tuple[tuple[str, ...], ...]
@@ -44,24 +45,22 @@ def require_shard_map() -> None:
         )
 
 
-def on_whole(fn: Callable[[PyTree], Result], params: PyTree, splits: list[Split]) -> Result:
-    """What `fn` makes of `params` with the shapes that they have outside of `shard_map`.
+def whole(params: PyTree, splits: list[Split]) -> PyTree:
+    """`params` with the shapes that they have outside of `shard_map`.
 
-    Axes and masks are about those shapes: a shard may have one input of a weight vector that has many.
-    `fn` gets tracers in place of the leaves that are split, so that it finds arrays there.
+    Axes and masks are about those shapes: a shard may have one input of a weight vector that has many. A leaf
+    that is split becomes an array of zeros, so that a mask may ask `isinstance(leaf, jax.Array)`. Nothing is
+    computed from the zeros, so under `jit` JAX drops them before XLA sees the program; without `jit` they are
+    made, and take memory until the axes are settled.
     """
     if not (any(splits) and _manual_axes()):
-        return fn(params)
+        return params
     leaves, structure = jax.tree.flatten(params, is_leaf=is_absent)
-    results = []
-
-    def trace(whole: dict[int, jax.Array]) -> None:
-        together = [whole.get(number, leaf) for number, leaf in enumerate(leaves)]
-        results.append(fn(jax.tree.unflatten(structure, together)))
-
-    pairs = enumerate(zip(leaves, splits, strict=True))
-    jax.eval_shape(trace, {number: _whole(leaf, split) for number, (leaf, split) in pairs if any(split)})
-    return results[0]
+    pairs = zip(leaves, splits, strict=True)
+    return jax.tree.unflatten(
+        structure,
+        [jnp.zeros(_whole_shape(leaf, split), leaf.dtype) if any(split) else leaf for leaf, split in pairs],
+    )
 
 
 def mesh_axes(split: Split, axes: tuple[int, ...]) -> tuple[str, ...]:
@@ -70,17 +69,19 @@ def mesh_axes(split: Split, axes: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def _manual_axes() -> tuple[str, ...]:
+    """The mesh axes that the `shard_map` around this splits arrays by; outside of one there are none."""
     axes: tuple[str, ...] = jax.sharding.get_abstract_mesh().manual_axes
     return axes
 
 
-def _whole(shard: jax.Array, split: Split) -> jax.ShapeDtypeStruct:
+def _whole_shape(shard: jax.Array, split: Split) -> tuple[int, ...]:
+    """The shape of the array that `shard` is a part of."""
     numbers = [math.prod(map(lax.axis_size, names)) for names in split]
-    shape = [size * number for size, number in itertools.zip_longest(shard.shape, numbers, fillvalue=1)]
-    return jax.ShapeDtypeStruct(shape, shard.dtype)  # type: ignore[no-untyped-call]
+    return tuple(size * number for size, number in itertools.zip_longest(shard.shape, numbers, fillvalue=1))
 
 
 def _split(path: Path, leaf: Any, spec: Any) -> Split:
+    """How one leaf is split, or an error where the spec does not fit it."""
     where = f"partition_specs for {place(path, leaf)}"
     if not isinstance(spec, PartitionSpec):
         raise TypeError(f"{where} must be a PartitionSpec, got {describe(spec)}")
@@ -97,12 +98,14 @@ def _split(path: Path, leaf: Any, spec: Any) -> Split:
 
 
 def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in one entry of a spec: `P(None, "x", ("y", "z"))` has none, one and two."""
     if entry is None:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)
 
 
 def _check_names(names: list[str], where: str) -> None:
+    """Raises an error where a mesh axis is named twice, or is not one of those that are manual here."""
     manual = _manual_axes()
     for name in names:
         if manual and name not in manual:

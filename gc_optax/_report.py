@@ -12,23 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import tree_util as jtu
 
-from ._axes import (
-    Axes,
-    Mask,
-    Path,
-    PyTree,
-    WeightAxes,
-    describe,
-    is_absent,
-    is_array_like,
-    is_inexact,
-    match,
-    path_text,
-    place,
-    settle,
-    warn_of_unsettled_kernels,
-)
+from ._axes import Axes, Mask, Path, PyTree, WeightAxes, is_absent, is_array_like, is_inexact
 from ._mean import norm, removed_share
+from ._resolve import match, settle
+from ._text import describe, path_text, place
 
 # Wide enough for the reasons, narrow enough for a page.
 _WIDTH = 140
@@ -86,8 +73,6 @@ def removed_fraction(gradients: PyTree, axes: Axes = None, *, mask: Mask = None)
         Yong et al., ECCV 2020, https://arxiv.org/abs/2004.01461
     """
     settled = settle(gradients, axes, mask)
-    if axes is None:
-        warn_of_unsettled_kernels(gradients, settled)
     leaves, structure = jax.tree.flatten(gradients, is_leaf=is_absent)
     return jax.tree.unflatten(structure, list(map(_fraction, leaves, settled)))
 
@@ -131,8 +116,6 @@ def summarize(params: PyTree, axes: Axes = None, *, mask: Mask = None, gradients
         The table is made by Rich, https://rich.readthedocs.io
     """
     settled = settle(params, axes, mask)
-    if axes is None:
-        warn_of_unsettled_kernels(params, settled)
     places, _ = jtu.tree_flatten_with_path(params, is_leaf=is_absent)
     # A module may have functions and numbers for leaves too.
     arrays = [

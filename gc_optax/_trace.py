@@ -19,9 +19,10 @@ import numpy as np
 from jax import tree_util as jtu
 from jax.extend import core as jex
 
-from ._axes import PyTree, WeightAxes, applicable, is_array_like, left_alone, place, stacklevel_of_the_user
+from ._axes import PyTree, WeightAxes, applicable, is_array_like, left_alone
 from ._primitives import MAKING_ARRAYS, deferred_in, no_weight, results, shape_of, unclear_product
 from ._provenance import Shape, Use, View, most_complete
+from ._text import place, stacklevel_of_the_user
 from ._values import (
     Data,
     Known,

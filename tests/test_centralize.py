@@ -266,7 +266,7 @@ def test_tree_map_params_goes_past_it():
     chex.assert_trees_all_equal(doubled[1][0].mu, jax.tree.map(jnp.ones_like, PARAMS))
 
 
-# Errors: from init and from update, each with the place (test_axes.py has every message)
+# Errors: from init and from update, each with the place (test_resolve.py has every message)
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,23 @@ def test_axes_and_masks_are_about_the_whole_parameters(centralization, mesh):
 
 
 @pytest.mark.parametrize("centralization", [centralize_gradients, through_optimizer])
+def test_the_whole_arrays_that_a_mask_finds_are_not_in_the_program(centralization, mesh):
+    spec = P("fsdp", "tp")
+
+    def mask(gradient):
+        return isinstance(gradient, jax.Array) and gradient.shape == (4096, 64)
+
+    def project(gradient):
+        return centralization(gradient, 0, mask=mask, partition_specs=spec)
+
+    gradient = normal(4096, 64)
+    program, same = (on_shards(fn, mesh, spec).lower(gradient) for fn in (project, lambda g: g))
+    assert "all_reduce" in program.as_text()
+    assert program.as_text().count("4096x64x") == same.as_text().count("4096x64x") > 0
+    assert program.compile().memory_analysis().temp_size_in_bytes < gradient.nbytes / 8
+
+
+@pytest.mark.parametrize("centralization", [centralize_gradients, through_optimizer])
 def test_the_warning_names_whole_shapes(centralization, mesh):
     def project(gradients):
         return centralization(gradients, partition_specs=P("fsdp"))

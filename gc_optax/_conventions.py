@@ -1,0 +1,310 @@
+"""The conventions: axes from names and shapes, and how sure that is."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import tree_util as jtu
+
+from ._axes import Axes, Path, PyTree, WeightAxes, applicable, is_function, is_inexact, left_alone
+from ._text import BOX, at, describe
+
+_DOT = "dot_general"
+_CONV = "conv_general_dilated"
+
+
+def out_last(params: PyTree) -> PyTree:
+    """The convention of Flax, Haiku and Keras: every axis but the last is fan-in.
+
+    A convention sees names and shapes, not the model. These are left alone, each with the reason in
+    `why`: leaves of rank below 2; leaves whose name says that they are no weight matrix (a bias, a
+    scale, an embedding table and what else the frameworks call such things); leaves with a fan-in
+    below 2, which the projection would zero. Some names say more than the rank does: the `query`,
+    `key` and `value` kernels of an attention layer, of shape (embed, heads, head_dim), have their
+    fan-in in axis 0; a depthwise kernel as Keras stores it, (*window, channels, multiplier), has it
+    in its window; a transposed convolution as Haiku and Keras store it, (*window, out, in), has it in
+    its window and its last axis. A name it does not know, of rank 2 or more, is a weight.
+
+    Given explicitly, as in `centralize(out_last)`, the convention is silent. As the default it warns
+    of each kernel that it cannot settle: see `centralize`.
+
+    Args:
+        params: the parameters, a tree of arrays of any shape and dtype, or of
+            `jax.ShapeDtypeStruct`s. Nothing but shapes, dtypes and the path of each leaf is read.
+
+    Returns:
+        A tree with the structure of `params` and a `WeightAxes` at each leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gc_optax import out_last
+        >>> axes = out_last({"Dense_0": {"kernel": jnp.ones((64, 10)), "bias": jnp.ones((10,))}})
+        >>> axes["Dense_0"]["kernel"].fan_in
+        (0,)
+        >>> axes["Dense_0"]["bias"].fan_in, axes["Dense_0"]["bias"].why
+        ((), 'rank 1: no weight matrix')
+
+    References:
+        The kernel layouts documented for `flax.linen.Dense` and `flax.linen.Conv`, and for the layers
+        of those names in Haiku and Keras.
+    """
+    places, structure = jtu.tree_flatten_with_path(params)
+    return jax.tree.unflatten(structure, [reading.axes for reading in read_out_last(places)])
+
+
+def out_first(params: PyTree) -> PyTree:
+    """The convention of PyTorch and Equinox: every axis but the first is fan-in.
+
+    This is the rule of the authors' code and of `optax.centralize`. On a tree of float32 or float64
+    arrays without names (a list, say) it equals `optax.centralize`, except that a fan-in below 2 is
+    left alone here and zeroed there. Where there are names, they are heeded as by `out_last`: a bias,
+    a scale or an embedding table is left alone, and so is the `weight` of a module whose own name
+    says that it is a normalization or an embedding.
+
+    Args:
+        params: the parameters, as for `out_last`.
+
+    Returns:
+        A tree with the structure of `params` and a `WeightAxes` at each leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gc_optax import out_first
+        >>> out_first([jnp.ones((10, 64)), jnp.ones((16, 3, 5, 5))])[1].fan_in
+        (1, 2, 3)
+
+    References:
+        The authors' code, https://github.com/Yonghongwei/Gradient-Centralization
+    """
+    return jtu.tree_map_with_path(lambda path, leaf: _read(_out_first_kernel, path, leaf).axes, params)
+
+
+def conv_only(axes: Axes) -> Axes:
+    """Keeps the convolutions of a tree or of a convention, and leaves everything else alone.
+
+    This is `gc_conv_only` in the authors' code, and what the `GCC` variants of their optimizers do.
+
+    A leaf is a convolution where its `op` is `"conv_general_dilated"`. The conventions take a kernel
+    of rank 4 or more for one (the authors' rule), unless it is known to belong to a stack of attention
+    layers, and one of lower rank where its module's name has the word "conv".
+
+    Args:
+        axes: a tree of `WeightAxes`, or a function from parameters to such a tree, `out_last` for
+            example.
+
+    Returns:
+        The same kind of thing: a tree for a tree, a function for a function.
+
+    Raises:
+        TypeError: if a leaf is not a `WeightAxes`: bare axes do not say what the weight is used for.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from gc_optax import conv_only, out_last
+        >>> params = {"conv": jnp.ones((3, 3, 16, 32)), "head": jnp.ones((32, 10))}
+        >>> axes = conv_only(out_last)(params)
+        >>> axes["conv"].fan_in, axes["head"].fan_in
+        ((0, 1, 2), ())
+
+    References:
+        `gc_conv_only` in the authors' code, https://github.com/Yonghongwei/Gradient-Centralization
+    """
+    if axes is None:
+        raise TypeError("conv_only needs a tree of WeightAxes or a convention such as out_last, got None")
+    if is_function(axes):
+        return lambda params: conv_only(axes(params))
+    return jtu.tree_map_with_path(_keep_convolution, axes)
+
+
+def _keep_convolution(path: Path, axes: Any) -> WeightAxes:
+    """The axes of a convolution, and of what is left alone anyway; any other weight is left alone."""
+    if not isinstance(axes, WeightAxes):
+        raise TypeError(
+            f"conv_only needs a WeightAxes at every leaf, to know which are convolutions; "
+            f"at {at(path)} there is {axes!r}"
+        )
+    return axes if axes.op == _CONV or not axes.fan_in else left_alone("no convolution", op=axes.op)
+
+
+class _Name(NamedTuple):
+    """The name of a leaf, in words.
+
+    In "decoder/conv2_d_transpose/w" the leaf is `["w"]`, its module `["conv", "d", "transpose"]` and its
+    parent `("decoder",)`. A leaf that has a name of its own, "decoder/depthwise_kernel", is its own module.
+    """
+
+    leaf: list[str]
+    module: list[str]
+    parent: tuple[str, ...]
+
+
+class _Reading(NamedTuple):
+    """What a convention makes of a leaf.
+
+    `settled` is false where another reading is usual too: a kernel of shape (5, 16, 32) is a convolution of
+    width 5, or a stack of five dense layers.
+    """
+
+    axes: WeightAxes
+    settled: bool
+
+
+# The last word of a leaf's name that one of these knows decides: "kernel_scale" is a scale, and
+# "embed_kernel" is a kernel. Frameworks glue words together ("posemb"), so some match an ending.
+_WEIGHT = re.compile(r"kernels?|weights?|w")
+_NO_WEIGHT_MATRIX = {
+    re.compile(r".*bias(es)?|offset|shift|beta"): "named as a bias",
+    re.compile(r".*scales?|gamma|alpha|slope|gain"): "named as a scale",
+    re.compile(r".*emb(ed(ding)?)?s?|codebooks?"): "named as an embedding, a lookup table",
+    re.compile(r"tokens?"): "named as a token, a learned input",
+    re.compile(r"mean|var(iance)?|std(dev)?"): "named as a statistic",
+}
+# The names of modules that call their array "weight", their words joined by underscores.
+_NORMALIZATION_MODULE = re.compile(r".*norm(alization)?|(.*_)?[bgl]n(_f)?")
+_EMBEDDING_MODULE = re.compile(r".*emb(ed(ding)?)?s?(_tokens|_positions)?|wte|wpe")
+_ATTENTION_MODULES = {"query", "key", "value", "out", "attention_output"}
+
+
+def read_out_last(places: list[tuple[Path, Any]]) -> list[_Reading]:
+    """What `out_last` makes of each leaf, and whether that is settled.
+
+    It takes all leaves at once: whether "query" is a projection of an attention layer, its siblings tell.
+    """
+    attention = _attention_layers(places)
+    rule = functools.partial(_out_last_kernel, attention)
+    return [_read(rule, path, leaf) for path, leaf in places]
+
+
+def _read(rule: Callable[[_Name, tuple[int, ...]], _Reading], path: Path, leaf: Any) -> _Reading:
+    """What a convention makes of one leaf. Its `rule` is for kernels; biases and the like are left alone."""
+    if not is_inexact(leaf):
+        return _Reading(left_alone(f"no array of floats: {describe(leaf)}"), settled=True)
+    if len(leaf.shape) < 2:
+        return _Reading(left_alone(f"rank {len(leaf.shape)}: no weight matrix"), settled=True)
+    name = _name(path)
+    why_not = _no_weight_matrix(name, len(leaf.shape))
+    if why_not:
+        return _Reading(left_alone(why_not), settled=True)
+    reading = rule(name, leaf.shape)
+    return reading._replace(axes=applicable(reading.axes, leaf))
+
+
+def _out_last_kernel(attention: set[tuple[str, ...]], name: _Name, shape: tuple[int, ...]) -> _Reading:
+    """The axes of a kernel of Flax, Haiku or Keras; `attention` has the parents of attention layers."""
+    rank = len(shape)
+    every = tuple(range(rank))
+    words = {*name.leaf, *name.module}
+    in_attention = name.parent in attention
+    is_named_for_attention = "_".join(name.module) in _ATTENTION_MODULES
+    if is_named_for_attention and (rank == 3 or in_attention):
+        # What is in front of the last three axes is a stack of attention layers.
+        fan_in = every[-3:-1] if name.module[-1] in ("out", "output") else every[-3:-2]
+        fan_out = tuple(axis for axis in every[-3:] if axis not in fan_in)
+        axes = WeightAxes(fan_in, fan_out, _DOT, "out_last: named as a projection of an attention layer")
+        return _Reading(axes, settled=rank == 3 and in_attention)
+    if rank >= 3 and words & {"depthwise", "dw", "dwconv"} and shape[-2] > 1:
+        # Flax and Haiku keep depthwise kernels as (*window, 1, channels): this can only be Keras.
+        axes = WeightAxes(every[:-2], every[-1:], _CONV, "out_last: named as a depthwise kernel, the window")
+        return _Reading(axes, settled=True)
+    if rank >= 3 and words & {"transpose", "transposed"} and (name.leaf == ["w"] or words & {"d", "D"}):
+        # Haiku's conv2_d_transpose and Keras's conv2d_transpose. Flax has no "2d", nor one layout.
+        fan_in = (*every[:-2], rank - 1)
+        axes = WeightAxes(fan_in, every[-2:-1], _CONV, "out_last: named as a transposed convolution")
+        return _Reading(axes, settled=name.leaf == ["w"])
+    axes = WeightAxes(every[:-1], every[-1:], _op(name, rank), "out_last: every axis but the last")
+    # Flax keeps transposed convolutions as (*window, in, out) or as (*window, out, in), unshared ones
+    # with a weight of their own at each position, and scanned attention may have lost its siblings.
+    has_doubtful_name = bool(words & {"transpose", "transposed", "local", "query", "key", "value"})
+    return _Reading(axes, settled=rank == 2 or (rank == 4 and not has_doubtful_name))
+
+
+def _out_first_kernel(name: _Name, shape: tuple[int, ...]) -> _Reading:
+    """The axes of a kernel of PyTorch or Equinox."""
+    rank = len(shape)
+    every = tuple(range(rank))
+    axes = WeightAxes(every[1:], every[:1], _op(name, rank), "out_first: every axis but the first")
+    return _Reading(axes, settled=True)  # nobody gets it who did not ask for it
+
+
+def _op(name: _Name, rank: int) -> str:
+    """Which primitive takes a kernel. The authors take rank 4 for a convolution; below that, names tell."""
+    return _CONV if rank >= 4 or not {"conv", "convolution"}.isdisjoint(name.module) else _DOT
+
+
+def _attention_layers(places: list[tuple[Path, Any]]) -> set[tuple[str, ...]]:
+    """The parents whose modules query, key, value and out fit together as the parts of one attention.
+
+    The names alone do not tell: a critic's head is called "value" too, and in a stack of layers of
+    shape (layers, in, out) "query" may be a plain dense layer.
+    """
+    parts: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
+    for path, leaf in places:
+        name = _name(path)
+        if "_".join(name.module) in _ATTENTION_MODULES and is_inexact(leaf) and len(leaf.shape) >= 3:
+            parts.setdefault(name.parent, {})[name.module[-1].replace("output", "out")] = leaf.shape
+    return {parent for parent, shapes in parts.items() if _fit_together(shapes)}
+
+
+def _fit_together(shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether these are the kernels of one attention layer.
+
+    `query` has the shape (embed, heads, dim), `value` (embed, heads, dim of a value) and `out` takes the
+    heads together again: (heads, dim of a value, embed). All of them may be stacked: (layers, ...).
+    """
+    if shapes.keys() != {"query", "key", "value", "out"} or len({*map(len, shapes.values())}) > 1:
+        return False
+    return shapes["out"][-3:-1] == (shapes["query"][-2], shapes["value"][-1])
+
+
+def _no_weight_matrix(name: _Name, rank: int) -> str:
+    """Why the name says that the leaf is no weight matrix; empty where it does not."""
+    if name.leaf == ["b"]:
+        return "named as a bias"
+    for word in reversed(name.leaf):
+        if _WEIGHT.fullmatch(word):
+            break
+        for pattern, why in _NO_WEIGHT_MATRIX.items():
+            if pattern.fullmatch(word):
+                return why
+    # PyTorch and Equinox call the array of any module "weight", so the module's name must tell.
+    if name.leaf == ["weight"]:
+        module = "_".join(name.module)
+        if _NORMALIZATION_MODULE.fullmatch(module):
+            return "named as the weight of a normalization"
+        # At a higher rank it is a patch embedding, which is a convolution.
+        if rank == 2 and _EMBEDDING_MODULE.fullmatch(module):
+            return "named as an embedding, a lookup table"
+    return ""
+
+
+def _name(path: Path) -> _Name:
+    """The words of a path: what the leaf, its module and the modules around that are called."""
+    keys = list(path)
+    while keys and (keys[-1],) == BOX:
+        keys.pop()
+    parts = [part for key in keys for part in _parts(key)]
+    # An index says which of several arrays of one name it is.
+    while parts and not _words(parts[-1]):
+        parts.pop()
+    leaf = _words(parts[-1]) if parts else []
+    if leaf and _WEIGHT.fullmatch(leaf[-1]) and len(parts) > 1:
+        return _Name(leaf, _words(parts[-2]), tuple(parts[:-2]))
+    return _Name(leaf, leaf, tuple(parts[:-1]))
+
+
+def _parts(key: Any) -> list[str]:
+    """The names in one step of a path; an index is a name without words."""
+    step = getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))
+    # Flattened trees of Flax have tuples for keys. Haiku's modules and flattened trees of other kinds join
+    # names with a slash, PyTorch's with a dot.
+    names = step if isinstance(step, tuple) else (step,)
+    return [part for name in names for part in re.split(r"[/.]", str(name))]
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name: `["conv", "transpose"]` for "ConvTranspose_0" and for "conv_transpose"."""
+    words: list[str] = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    # "b" is a bias, "B" the second matrix of a LoRA pair: a single letter keeps its case.
+    return [word if len(word) == 1 else word.lower() for word in words]

@@ -1,0 +1,197 @@
+"""Whatever a user gave -> one `WeightAxes` a leaf, or an error that names the leaf.
+
+A user may say it in many ways: a convention, a tree of axes, a function of the parameters, and a mask on
+top. `settle` is the only way from there to axes, and the only place that warns of what it had to guess.
+"""
+
+import dataclasses
+import operator
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import tree_util as jtu
+
+from ._axes import (
+    Axes,
+    Mask,
+    Path,
+    PyTree,
+    WeightAxes,
+    applicable,
+    is_absent,
+    is_array_like,
+    is_axis,
+    is_function,
+    left_alone,
+)
+from ._conventions import out_last, read_out_last
+from ._text import BOX, at, children_of, describe, place, stacklevel_of_the_user
+
+_OUTSIDE_OF_FLATTEN = (
+    "If optax.flatten made one vector of all parameters, put the centralization around it: "
+    "optax.chain(gc_optax.centralize(...), optax.flatten(optimizer))"
+)
+
+
+def settle(params: PyTree, axes: Axes, mask: Mask, *, silent: bool = False) -> list[WeightAxes]:
+    """One `WeightAxes` for each leaf of `params`, with axes that are in range and not negative.
+
+    The leaves come in the order of `jax.tree.leaves(params, is_leaf=is_absent)`: where a parameter is
+    absent there is an entry too, whatever `axes` and `mask` have in its place.
+
+    Where `axes` is None, `out_last` stands in for it, with a warning of the kernels that it can only guess
+    at. The `update` of an optimizer is `silent`: its `init` has warned.
+    """
+    axes_tree = out_last(params) if axes is None else resolve(axes, params)
+    given = match("axes", axes_tree, params, prefix=False)
+    kept = match("mask", True if mask is None else resolve(mask, params), params, prefix=True)
+    settled = [_settle_leaf(*leaf, keep) for leaf, (_, _, keep) in zip(given, kept, strict=True)]
+    if axes is None and not silent:
+        _warn_of_unsettled_kernels(params, settled)
+    return settled
+
+
+def resolve(given: Any, params: PyTree) -> PyTree:
+    """A tree: the one that the user gave, or what the user's function makes of the parameters."""
+    return given(params) if is_function(given) else given
+
+
+def match(role: str, tree: PyTree, params: PyTree, *, prefix: bool) -> list[tuple[Path, Any, Any]]:
+    """Each leaf of `params` with its path and what `tree` has in the same place.
+
+    `jax.tree.map` does this too, but it cannot say where two trees differ, it does not match a full
+    tree with parameters of which a part is masked out, and it minds boxes: `nnx.Optimizer` hands boxed
+    parameters to `init` and bare gradients to `update`.
+    """
+    matched: list[tuple[Path, Any, Any]] = []
+
+    def walk(path: Path, node: Any, entry: Any) -> None:
+        node, entry = _unboxed(node), _unboxed(entry)
+        if is_absent(node) or jtu.all_leaves([node]):
+            matched.append((path, node, entry))
+            return
+        children, structure = children_of(node)
+        if prefix and jtu.all_leaves([entry]):
+            entries = [entry] * len(children)
+        else:
+            with_keys, entry_structure = children_of(entry)
+            if entry_structure != structure:
+                raise ValueError(
+                    f"{role} does not have the structure of the parameters: at {at(path)} the parameters "
+                    f"have {describe(node)}, {role} has {describe(entry)}"
+                )
+            entries = [child for _, child in with_keys]
+        for (key, child), child_entry in zip(children, entries, strict=True):
+            walk((*path, *key), child, child_entry)
+
+    walk((), params, tree)
+    return matched
+
+
+def _unboxed(node: Any) -> Any:
+    """What a box (an NNX variable, a `Partitioned` array) holds in its attribute `value`."""
+    while not jtu.all_leaves([node]):
+        children, _ = children_of(node)
+        if [key for key, _ in children] != [BOX]:
+            break
+        node = children[0][1]
+    return node
+
+
+def _settle_leaf(path: Path, leaf: Any, given: Any, keep: Any) -> WeightAxes:
+    """The axes of one leaf, from what the axes (`given`) and the mask (`keep`) have in its place."""
+    if is_absent(leaf):
+        return left_alone("absent")
+    where = place(path, leaf)
+    axes = _in_range(_as_weight_axes(given, where), leaf, where)
+    if not _as_bool(keep, where):
+        return left_alone("masked out", op=axes.op)
+    return applicable(axes, leaf)
+
+
+def _as_weight_axes(given: Any, where: str) -> WeightAxes:
+    """A leaf of the user's axes as a `WeightAxes`: 0 is `WeightAxes(fan_in=(0,))`."""
+    if isinstance(given, WeightAxes):
+        return given
+    if given is None:
+        return left_alone("left alone by axes")
+    if isinstance(given, optax.contrib.MuonDimensionNumbers):
+        fan_in = _axis_tuple(given.reduction_axis, where)
+        return WeightAxes(fan_in, _axis_tuple(given.output_axis, where), why="MuonDimensionNumbers")
+    if is_axis(given) or type(given) is tuple:  # a NamedTuple is something else
+        return WeightAxes(_axis_tuple(given, where), why="given by axes")
+    hint = "; a tree of bools is a mask" if isinstance(given, bool) else ""
+    if where.startswith(at(())) and not jtu.all_leaves([given]):
+        hint = f". {_OUTSIDE_OF_FLATTEN}"
+    raise TypeError(
+        f"axes for {where} must be a WeightAxes, an int, a tuple of ints, a MuonDimensionNumbers or None, "
+        f"got {describe(given)}{hint}"
+    )
+
+
+def _axis_tuple(given: Any, where: str) -> tuple[int, ...]:
+    """An axis or several as ints of Python: 0 is (0,)."""
+    axes = (given,) if is_axis(given) else given
+    if not (isinstance(axes, tuple | list) and all(map(is_axis, axes))):
+        raise TypeError(f"axes for {where} must be ints, got {given!r}")
+    return tuple(map(operator.index, axes))
+
+
+def _in_range(axes: WeightAxes, leaf: Any, where: str) -> WeightAxes:
+    """The same axes counted from the front, or an error where `leaf` does not have them."""
+    rank = len(leaf.shape) if is_array_like(leaf) else 0
+    for axis in axes.fan_in + axes.fan_out:
+        if not -rank <= axis < rank:
+            raise ValueError(f"axes for {where}: axis {axis} is out of range for rank {rank}")
+    fan_in = tuple(axis % rank for axis in axes.fan_in)
+    fan_out = tuple(axis % rank for axis in axes.fan_out)
+    if len(set(fan_in + fan_out)) < len(fan_in + fan_out):
+        named = f"fan_in {axes.fan_in}" + (f", fan_out {axes.fan_out}" if axes.fan_out else "")
+        raise ValueError(f"axes for {where}: an axis is repeated in {named}")
+    return dataclasses.replace(axes, fan_in=fan_in, fan_out=fan_out)
+
+
+def _as_bool(keep: Any, where: str) -> bool:
+    """A leaf of the user's mask, of Python, NumPy or JAX."""
+    is_bool = isinstance(keep, bool) or (is_array_like(keep) and keep.dtype == jnp.bool_ and keep.shape == ())
+    if is_bool and not isinstance(keep, jax.core.Tracer):
+        return bool(keep)
+    raise TypeError(f"mask for {where} must be a bool that is known when the update is traced, got {keep!r}")
+
+
+def _warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes]) -> None:
+    """Warns, once for all of them, of the centralized kernels that `out_last` can only guess at.
+
+    Also of a lone vector, which is what `optax.flatten` shows of the parameters that it is given.
+    """
+    places, _ = jtu.tree_flatten_with_path(params)
+    if [(path, np.ndim(leaf)) for path, leaf in places] == [((), 1)]:
+        warnings.warn(
+            "the parameters are a single vector without a name, in which gc_optax finds no weight vectors: "
+            f"nothing is centralized. {_OUTSIDE_OF_FLATTEN}. If there is nothing to centralize, "
+            "centralize(gc_optax.out_last) says nothing.",
+            UserWarning,
+            stacklevel=stacklevel_of_the_user(),
+        )
+    absent = map(is_absent, jax.tree.leaves(params, is_leaf=is_absent))
+    present = [axes for axes, left_out in zip(settled, absent, strict=True) if not left_out]
+    doubtful = [
+        f"  {place(path, leaf)}: mean over axes {axes.fan_in}"
+        for (path, leaf), axes, reading in zip(places, present, read_out_last(places), strict=True)
+        if axes.fan_in and not reading.settled
+    ]
+    if doubtful:
+        warnings.warn(
+            "by default gc_optax reads the axes off names and shapes (out_last: every axis but the last "
+            "is fan-in). These kernels have more than one reading: a convolution, a fused projection, a "
+            "stack of layers. The reading taken is\n" + "\n".join(doubtful) + "\n"
+            "Settle it exactly with centralize(gc_optax.infer_axes(loss, params, batch)), which reads the "
+            "axes off the model, or with a tree of axes of your own; or accept this reading silently with "
+            "centralize(gc_optax.out_last).",
+            UserWarning,
+            stacklevel=stacklevel_of_the_user(),
+        )

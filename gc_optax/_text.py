@@ -1,0 +1,54 @@
+"""How a path, a leaf, a tree is told to a person, and where a warning points."""
+
+import inspect
+from typing import Any
+
+from jax import tree_util as jtu
+
+from ._axes import Path, describe_leaf, is_absent, is_array_like
+
+# The step into a box that holds one array, an NNX variable or a `Partitioned` array of Linen: no name.
+BOX: Path = (jtu.GetAttrKey("value"),)
+
+# Whose functions may stand between a user's line and ours: `jax.jit`, `nnx.Optimizer`, the `init` of a chain.
+_LIBRARIES = ("gc_optax", "optax", "jax", "flax", "contextlib", "equinox")
+
+
+def place(path: Path, leaf: Any) -> str:
+    """Which leaf an error message is about: "['Dense_0']['kernel'], shape (3, 4)"."""
+    return f"{at(path)}, shape {leaf.shape}" if is_array_like(leaf) else at(path)
+
+
+def at(path: Path) -> str:
+    """A path as one types it in Python: "['Dense_0']['kernel']"."""
+    return jtu.keystr(path) or "the root"
+
+
+def path_text(path: Path) -> str:
+    """A path as a table shows it: "block_0/attention/kernel"."""
+    inside = [key for key in path if (key,) != BOX]
+    return jtu.keystr(tuple(inside), simple=True, separator="/") or "(root)"
+
+
+def describe(node: Any) -> str:
+    """A leaf or a tree in words: "an array of dtype float32 and shape (4,)", "a dict with ['a'], ['b']"."""
+    if is_absent(node) or jtu.all_leaves([node]):
+        return describe_leaf(node)
+    children, _ = children_of(node)
+    return f"a {type(node).__name__} with {', '.join(at(key) for key, _ in children) or 'nothing'}"
+
+
+def children_of(node: Any) -> tuple[list[tuple[Path, Any]], jtu.PyTreeDef]:
+    """The children of a node, each with the step that leads to it, and the structure that they stand in."""
+    return jtu.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
+
+
+def stacklevel_of_the_user() -> int:
+    """The `stacklevel` at which a warning points at the user's line: `optimizer.init(params)`, for example.
+
+    Every frame between that line and the caller of this function is in one of `_LIBRARIES`.
+    """
+    level, frame = 0, inspect.currentframe()
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+        level, frame = level + 1, frame.f_back
+    return level

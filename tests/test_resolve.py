@@ -1,0 +1,199 @@
+"""What becomes of what a user gives: one `WeightAxes` a leaf, or an error that names the leaf."""
+
+import collections
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import ShapeDtypeStruct as Shape
+
+from gc_optax import WeightAxes, out_last
+from gc_optax._resolve import settle
+
+
+def leaf(*shape, dtype=jnp.float32):
+    return Shape(shape, dtype)
+
+
+# Axes
+
+
+PARAMS = {"Dense_0": {"bias": leaf(4), "kernel": leaf(3, 4)}, "stack": leaf(2, 3, 4)}
+
+
+def settled(axes, mask=None, params=PARAMS):
+    return [entry.fan_in for entry in settle(params, axes, mask)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        (1, (1,)),
+        (-1, (2,)),
+        ((0, -2), (0, 1)),
+        ((), ()),
+        (None, ()),
+        (np.int64(1), (1,)),
+        (WeightAxes((-2,), (-1,)), (1,)),
+        (optax.contrib.MuonDimensionNumbers(1, 2), (1,)),
+        (optax.contrib.MuonDimensionNumbers((0, -2), (-1,)), (0, 1)),
+        (optax.contrib.MuonDimensionNumbers([1], [2]), (1,)),
+    ],
+)
+def test_every_kind_of_axes(entry, expected):
+    axes = {"Dense_0": {"bias": None, "kernel": 0}, "stack": entry}
+    assert settled(axes) == [(), (0,), expected]
+
+
+def test_axes_as_a_function_see_the_parameters():
+    def stacked(params):
+        return jax.tree.map(lambda p: -2 if len(p.shape) > 1 else None, params)
+
+    assert settled(stacked) == [(), (0,), (1,)]
+
+
+def test_a_callable_module_of_axes_is_a_tree_and_not_a_function():
+    mlp = eqx.filter(eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)), eqx.is_array)
+    axes = jax.tree.map(lambda p: 1 if p.ndim == 2 else None, mlp)
+    assert callable(axes)
+    assert settled(axes, params=mlp)[:4] == [(1,), (), (1,), ()]
+    mask = jax.tree.map(lambda p: p.shape == (4, 3), mlp)
+    assert settled(axes, mask, params=mlp)[:4] == [(1,), (), (), ()]
+
+
+@pytest.mark.parametrize(
+    ("entry", "error", "message"),
+    [
+        (3, ValueError, "['stack'], shape (2, 3, 4): axis 3 is out of range for rank 3"),
+        (-4, ValueError, "['stack'], shape (2, 3, 4): axis -4 is out of range for rank 3"),
+        (WeightAxes((0,), (7,)), ValueError, "['stack'], shape (2, 3, 4): axis 7 is out of range"),
+        ((1, 1), ValueError, "['stack'], shape (2, 3, 4): an axis is repeated in fan_in (1, 1)"),
+        ((1, -2), ValueError, "an axis is repeated in fan_in (1, -2)"),
+        (WeightAxes((0,), (0, 1)), ValueError, "an axis is repeated in fan_in (0,), fan_out (0, 1)"),
+        ("1", TypeError, "['stack'], shape (2, 3, 4) must be a WeightAxes, an int, a tuple of ints"),
+        (("1",), TypeError, "['stack'], shape (2, 3, 4) must be ints, got ('1',)"),
+        ((True,), TypeError, "must be ints, got (True,)"),
+        (1.0, TypeError, "got 1.0"),
+        ([0], TypeError, "got a list with [0]"),
+        (optax.EmptyState(), TypeError, "got a EmptyState with nothing"),
+        (optax.MaskedNode(), TypeError, "got MaskedNode()"),
+        (collections.namedtuple("Pair", "first second")(0, 1), TypeError, "got a Pair with .first, .second"),
+        (jnp.ones(3), TypeError, "got an array of dtype float32 and shape (3,)"),
+        (True, TypeError, "got True; a tree of bools is a mask"),
+        (optax.contrib.MuonDimensionNumbers("0", 1), TypeError, "must be ints, got '0'"),
+    ],
+)
+def test_bad_axes_are_refused_with_the_place(entry, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        settled({"Dense_0": {"bias": None, "kernel": 0}, "stack": entry})
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (
+            {"Dense_0": {"kernel": 0}, "stack": 0},
+            "at ['Dense_0'] the parameters have a dict with ['bias'], ['kernel']",
+        ),
+        ({"Dense_0": {"kernel": 0}, "stack": 0}, "axes has a dict with ['kernel']"),
+        (
+            {"Dense_0": 0, "stack": 0},
+            "at ['Dense_0'] the parameters have a dict with ['bias'], ['kernel'], axes has 0",
+        ),
+        ({"Dense_0": None, "stack": 0}, "axes has None"),
+        (
+            [0, 1],
+            "at the root the parameters have a dict with ['Dense_0'], ['stack'], axes has a list",
+        ),
+        ({}, "axes has a dict with nothing"),
+        (0, "at the root"),
+        ("out_last", "axes has 'out_last'"),
+    ],
+)
+def test_axes_of_another_structure_are_refused_with_the_place(axes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settled(axes)
+
+
+def test_a_bool_for_a_single_array_is_still_told_that_it_is_a_mask():
+    with pytest.raises(TypeError, match=r"for the root, shape .* got True; a tree of bools is a mask"):
+        settled(True, params=jnp.ones((3, 2)))
+
+
+# The mask, and what is absent
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (None, [(), (0,), (0, 1)]),
+        (True, [(), (0,), (0, 1)]),
+        (False, [(), (), ()]),
+        ({"Dense_0": True, "stack": False}, [(), (0,), ()]),
+        ({"Dense_0": {"bias": True, "kernel": False}, "stack": True}, [(), (), (0, 1)]),
+        ({"Dense_0": np.bool_(True), "stack": np.array(False)}, [(), (0,), ()]),
+        (lambda params: jax.tree.map(lambda p: len(p.shape) == 2, params), [(), (0,), ()]),
+        (lambda params: {"Dense_0": False, "stack": True}, [(), (), (0, 1)]),
+    ],
+)
+def test_masks_are_those_of_optax(mask, expected):
+    assert settled(out_last, mask) == expected
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        ({"Dense_0": True}, ValueError, "mask does not have the structure of the parameters: at the root"),
+        ({"Dense_0": {"kernel": True}, "stack": True}, ValueError, "at ['Dense_0']"),
+        ({"Dense_0": None, "stack": True}, ValueError, "mask has None"),
+        (
+            {"Dense_0": True, "stack": "False"},
+            TypeError,
+            "mask for ['stack'], shape (2, 3, 4) must be a bool",
+        ),
+        ({"Dense_0": True, "stack": 1}, TypeError, "got 1"),
+        ({"Dense_0": True, "stack": None}, TypeError, "got None"),
+        ({"Dense_0": True, "stack": {"a": True}}, TypeError, "got {'a': True}"),
+        ({"Dense_0": True, "stack": np.array([True])}, TypeError, "mask for ['stack']"),
+    ],
+)
+def test_bad_masks_are_refused_with_the_place(mask, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        settled(out_last, mask)
+
+
+def test_a_mask_that_is_only_known_at_run_time_is_refused():
+    @jax.jit
+    def traced(flag):
+        settled(out_last, {"Dense_0": True, "stack": flag})
+
+    with pytest.raises(
+        TypeError, match=re.escape("mask for ['stack'], shape (2, 3, 4) must be a bool that is known")
+    ):
+        traced(True)
+
+
+@pytest.mark.parametrize("absent", [None, optax.MaskedNode()])
+def test_full_trees_match_parameters_of_which_some_are_absent(absent):
+    axes = {"Dense_0": {"bias": None, "kernel": 0}, "stack": 1}
+    mask = {"Dense_0": {"bias": True, "kernel": True}, "stack": True}
+    assert settled(axes, mask, {"Dense_0": absent, "stack": leaf(2, 3, 4)}) == [(), (1,)]
+    without_kernel = {"Dense_0": {"bias": leaf(4), "kernel": absent}, "stack": absent}
+    assert settled(axes, mask, without_kernel) == [(), (), ()]
+
+
+def test_the_reason_says_who_left_a_parameter_alone():
+    axes = {"Dense_0": {"bias": None, "kernel": 0}, "stack": 1}
+    whys = [entry.why for entry in settle(PARAMS, axes, {"Dense_0": True, "stack": False})]
+    assert whys == ["left alone by axes", "given by axes", "masked out"]
+
+
+def test_settled_axes_are_not_negative_and_keep_their_use_when_masked_out():
+    axes = WeightAxes((-2,), (-1,), "dot_general")
+    kept, masked = (settle(leaf(2, 3, 4), axes, mask)[0] for mask in (True, False))
+    assert (kept.fan_in, kept.fan_out, kept.op) == ((1,), (2,), "dot_general")
+    assert (masked.fan_in, masked.op) == ((), "dot_general")
