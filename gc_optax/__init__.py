@@ -10,8 +10,8 @@ from ._centralize import centralized as centralized
 from ._conventions import conv_only as conv_only
 from ._conventions import out_first as out_first
 from ._conventions import out_last as out_last
+from ._infer import infer_axes as infer_axes
 from ._report import removed_fraction as removed_fraction
 from ._report import summarize as summarize
-from ._infer import infer_axes as infer_axes
 
 __version__ = _version("gc_optax")

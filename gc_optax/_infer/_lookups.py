@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ._origins import Made, Origin, NO_DIMS, Sources, big, either, join_all
+from ._origins import NO_DIMS, Made, Origin, Sources, big, either, join_all
 from ._program import Shape, shape_of
 from ._rules import Step, absorbed, backwards, forwards
 from ._uses import BATCH, NO_USES, NONE, PICK, Piece, Use, Uses

@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .._axes import WeightAxes, applicable, left_alone, place, stacklevel_of_the_user
+from .._axes import WeightAxes, applicable, left_alone
+from .._text import place, stacklevel_of_the_user
 from ._uses import IN, OUT, REDUCED, Use, Uses
 
 
