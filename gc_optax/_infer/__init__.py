@@ -9,14 +9,13 @@ everything from `c` on is an activation, data. Then it is read backwards, for ho
 way that a gradient comes back: `f` is returned, so `e`, `d` and `c` are activations. `add` puts `b` beside one: it is
 a bias. `dot_general` contracts dimension 1 of the data `x` with dimension 0 of `a`: the dimensions of `a` have the
 labels (`in`, `out`). To undo the `transpose` is to move the labels, so those of `w` are (`out`, `in`), and its fan-in
-is axis 1 (`_verdict`). That `a` is a kernel is known before it is read what `a` was made of: nothing has to be guessed.
+is axis 1 (`_infer_axes`). That `a` is a kernel is known before it is read what `a` was made of: nothing has to be guessed.
 
 `_walk` goes through the jaxpr, `_program` shows it. What a primitive means stands in a rule of its own (`_rules`), in
-`_moves`, `_entrywise`, `_lookups` or `_contractions`. What no rule reads is left alone, with a warning.
+`_moves`, `_entrywise` or `_contractions`. What no rule reads is left alone, with a warning.
 """
 
 from . import _contractions as _contractions
 from . import _entrywise as _entrywise
-from . import _lookups as _lookups
 from . import _moves as _moves
 from ._infer_axes import infer_axes as infer_axes

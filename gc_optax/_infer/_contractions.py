@@ -27,7 +27,6 @@ from ._uses import (
     Uses,
     labeled,
 )
-from ._verdict import doubt
 
 UNKNOWN_PRODUCT = "a product of parameters with data on neither side"
 
@@ -133,7 +132,7 @@ def _of_side(step: Step, use: Use, side: Side, mine: Origin, other: Side, its: O
     is_thin = math.prod(side.shape) < side.size * min(side.size, other.size)
     if is_kernel and use.base and is_thin and not (mine.mixed or its.mixed):
         return chained._replace(base="")  # `w + a @ b`
-    if is_kernel and its.mixed and chained.fan_in == reading.fan_in and not doubt(chained):
+    if is_kernel and its.mixed and chained.fan_in == reading.fan_in and not chained.doubt:
         return chained  # the second `w` in `x @ (w @ w @ w)`
     dims = chained.relabeled(lambda dim, labels: labels & IN).dims
     return Use("unclear", f"{op}: {UNKNOWN_PRODUCT}", dims)
@@ -172,7 +171,7 @@ def _beside_constants(step: Step, use: Use, side: Side, mine: Origin, other: Sid
         return use._replace(dims=())
     if use.how == "kernel":
         handed = side.handed(use, other.own_labels(use, side) - BATCH or REDUCED)
-        if reading.how == "kernel" and handed.fan_in == reading.fan_in and not doubt(handed):
+        if reading.how == "kernel" and handed.fan_in == reading.fan_in and not handed.doubt:
             return handed
         why = f"{step.name}: constants are contracted with it, and which are the inputs cannot be told"
         return Use("unclear", why, reading.dims if its.made == Made.FROZEN else ())

@@ -3,27 +3,35 @@
 from collections.abc import Iterable
 from typing import Any
 
-from ._indices import is_distinct
 from ._origins import Dims, Made, Origin, big, either, union
 from ._program import shape_of
-from ._rules import Step, absorbed, backwards, forwards
-from ._uses import BATCH, IN, NONE, OUT, SUM, TOTAL, Labels, Use, Uses, labeled
+from ._rules import Step, backwards, forwards
+from ._uses import BATCH, IN, NONE, OUT, REDUCED, SUM, TOTAL, Labels, Use, Uses, labeled
 
 UNCHANGED = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint")
 SCALING = ("mul", "div", "neg", "select_n", "and", *UNCHANGED)
 SUMS = ("add", "add_any", "sub")
 LINEAR = (*SUMS, *SCALING)
-CHOICES = ("select_n", "max", "min", "clamp")
 ENTRY_BY_ENTRY = (
-    *LINEAR,
-    *("abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh"),
-    *("bessel_i0e", "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex"),
-    *("conj", "cos", "cosh", "digamma", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1"),
-    *("floor", "ge", "gt", "igamma", "igammac", "imag", "integer_pow", "is_finite", "le", "le_to"),
-    *("lgamma", "log", "log1p", "logistic", "lt", "lt_to", "max", "min", "ne", "nextafter", "not", "or"),
-    *("polygamma", "population_count", "pow", "real", "regularized_incomplete_beta", "rem", "round"),
-    *("rsqrt", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh"),
-    *("sqrt", "square", "tan", "tanh", "xor", "zeta"),
+    *(*LINEAR, "abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e", "bessel_i1e"),
+    *(
+        "bitcast_convert_type",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "clz",
+        "complex",
+        "conj",
+        "cos",
+        "cosh",
+        "digamma",
+        "eq",
+    ),
+    *("eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac"),
+    *("imag", "integer_pow", "is_finite", "le", "le_to", "lgamma", "log", "log1p", "logistic", "lt", "lt_to"),
+    *("max", "min", "ne", "nextafter", "not", "or", "polygamma", "population_count", "pow", "real"),
+    *("regularized_incomplete_beta", "rem", "round", "rsqrt", "shift_left", "shift_right_arithmetic"),
+    *("shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh", "xor", "zeta"),
 )
 WHY = "a bias, a scale or a gate"
 
@@ -35,20 +43,23 @@ def _iota(eqn: Any, ins: list[Origin], var: Any) -> Origin:
 
 @forwards(*ENTRY_BY_ENTRY)
 def _entry_by_entry(eqn: Any, ins: list[Origin], var: Any) -> Origin:
-    name, rank = eqn.primitive.name, len(shape_of(var))
-    kernels = [origin for origin in ins if origin.has_params]
+    name, kernels = eqn.primitive.name, [origin for origin in ins if origin.has_params]
     owned = union(origin.varies - origin.along for origin in kernels)
     data = [o for o in ins if (o.is_array or o.made == Made.DATA) and not _is_constant(name, o, owned)]
     made, mixed = max(origin.made for origin in kernels or ins), max((k.mixed for k in kernels), default=0)
     if kernels and data:
-        is_kernel = _may_be_kernel(name, ins, data, owned, len(big(shape_of(var))))
-        made, mixed = either(ins) if is_kernel else Made.DATA, 2 if name in SUMS else mixed
+        made = either(ins) if _may_be_kernel(name, ins, data, owned, big(shape_of(var))) else Made.DATA
+        mixed = 2 if name in SUMS else mixed
     scaled = [o.varies for o in data if o.made == Made.DATA or not o.varies <= owned]
-    along = union([*scaled, *(kernel.along for kernel in kernels)])
-    hot = frozenset(dim for dim in range(rank) if _is_hot(name, ins, dim))
     sources = [origin.source for origin in ins]
-    source = sources[0] if name in UNCHANGED else hash((name, *sources)) if all(sources) else 0
-    return Origin(made, union(origin.varies for origin in ins), mixed, hot, along, None, source)
+    return Origin(
+        made,
+        varies=union(origin.varies for origin in ins),
+        mixed=mixed,
+        hot=frozenset(dim for dim in range(len(shape_of(var))) if _is_hot(name, ins, dim)),
+        along=union([*scaled, *(kernel.along for kernel in kernels)]),
+        source=sources[0] if name in UNCHANGED else hash((name, *sources)) if all(sources) else 0,
+    )
 
 
 def _is_constant(name: str, origin: Origin, owned: Dims) -> bool:
@@ -57,39 +68,38 @@ def _is_constant(name: str, origin: Origin, owned: Dims) -> bool:
     return origin.made == Made.CLOSED and (is_mask or not origin.varies)
 
 
-def _may_be_kernel(name: str, ins: list[Origin], data: list[Origin], owned: Dims, rank: int) -> bool:
+def _may_be_kernel(name: str, ins: list[Origin], data: list[Origin], owned: Dims, whole: Dims) -> bool:
     """Whether parameters that are scaled, masked or corrected by data may be a kernel still."""
     if name == "select_n" and all(origin.made < Made.CLOSED or origin.has_params for origin in ins[1:]):
         return True
     scales = name == "mul" or (name == "div" and ins[0].has_params)
-    is_whole = rank > 1 and len(owned) == rank and name in (*LINEAR, "max", "min", "clamp")
-    return all((scales and owned - o.varies) or (is_whole and o.is_array) for o in data)
+    is_of_same_extent = len(owned) == len(whole) > 1 and name in (*LINEAR, "max", "min", "clamp")
+    return all((scales and owned - o.varies) or (is_of_same_extent and o.is_array) for o in data)
 
 
 def _is_hot(name: str, ins: list[Origin], dim: int) -> bool:
     if name == "eq":
-        return any(is_distinct(a.value, dim) and dim not in b.varies for a, b in (ins, ins[::-1]))
-    hot = [dim in origin.hot for origin in ins]
-    is_kept = all(h or dim not in origin.varies for h, origin in zip(hot, ins, strict=True))
-    return name in SCALING and any(hot) and is_kept
+        return any(a.is_distinct(dim) and dim not in b.varies for a, b in (ins, ins[::-1]))
+    is_kept = all(dim in origin.hot or dim not in origin.varies for origin in ins)
+    return name in SCALING and is_kept and any(dim in origin.hot for origin in ins)
 
 
 @backwards(*ENTRY_BY_ENTRY)
 def _entry_by_entry_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
     of_result = _terms_of_sum(step, uses[0]) if step.name in SUMS else uses[0]
-    if step.name in CHOICES and sum(origin.has_params for origin in step.ins) > 1:
+    if step.name in ("select_n", "max", "min", "clamp") and sum(origin.has_params for origin in step.ins) > 1:
         of_result = frozenset(use.alone() for use in of_result)
     found: list[Iterable[Use]] = []
     for number, (origin, var) in enumerate(zip(step.ins, step.eqn.invars, strict=True)):
         others, old = [other for n, other in enumerate(step.ins) if n != number], shape_of(var)
         along = union(other.varies for other in others) - origin.varies
+        sources = [[dim] if old and old[dim] == size else [] for dim, size in enumerate(step.new)]
         mine = set()
         for use in of_result if origin.made >= Made.PARAMS else ():
             use = _of_one_operand(step, use, origin, others)
             if use.dims and along:
                 use = use._replace(spread=use.spread.union(*(use.labels(dim) for dim in along)))
                 use = use.relabeled(lambda dim, labels: NONE if dim in along else labels)
-            sources = [[dim] if old and old[dim] == size else [] for dim, size in enumerate(step.new)]
             mine.add(use if old == step.new else use.moved_back(sources, old))
         found.append(mine)
     return found
@@ -105,32 +115,42 @@ def _terms_of_sum(step: Step, uses: Uses) -> Uses:
 
 
 def _of_one_operand(step: Step, use: Use, origin: Origin, others: list[Origin]) -> Use:
+    name, whole = step.name, big(step.new)
     if use.how == "output":
         return _of_activation(step, use, origin, others)
-    if use.how == "kernel" and step.name in SUMS and big(step.new):
-        return _of_kernel_in_sum(step, use, origin, others, big(step.new))
-    return use
+    if use.how != "kernel" or name not in SUMS or not whole:
+        return use
+    # One term of a kernel: a kernel too (`w + a @ b`), or a bias (`a @ b + c`).
+    is_spread = not origin.varies >= whole and not any(use.labels(dim) >= OUT for dim in origin.varies)
+    if is_spread and any(other.mixed for other in others):
+        return Use("other", f"{name}: {WHY}")
+    beside = [other for other in others if other.varies >= whole]
+    if any(o.made in (Made.FROZEN, Made.PARAMS) or (o.is_either and o.mixed < 2) for o in beside):
+        return use._replace(base="sure")
+    is_doubtful = any(other.is_array or other.is_either for other in beside)
+    return use._replace(base=use.base or "maybe") if is_doubtful else use
 
 
 def _of_activation(step: Step, use: Use, origin: Origin, others: list[Origin]) -> Use:
     """The use of one operand, if the result is returned, or an activation."""
-    name, result, why = step.name, step.outs[0], f"{step.name}: {WHY}"
-    if name == "mul" and origin.has_params and not any(other.has_params for other in others):
+    name, result, other = step.name, step.outs[0], Use("other", f"{step.name}: {WHY}")
+    if name == "mul" and origin.has_params and not any(o.has_params for o in others):
         if kernel := _spelled_out(step, use, origin, others):
             return kernel
     if origin.made == Made.PARAMS and result.made > Made.PARAMS:
-        is_penalty = result.is_either and bool(use.dims)
-        if is_penalty and all(use.labels(dim) >= TOTAL for dim in big(step.new)):
+        of_dims = [use.labels(dim) for dim in big(step.new) if use.dims]
+        is_penalty = bool(of_dims) and all(labels >= TOTAL for labels in of_dims)  # `(w - start) ** 2`
+        is_norm = any(labels >= REDUCED for labels in of_dims)  # the scale of outputs `rsqrt(((w * style) ** 2).sum())`
+        if result.is_either and (is_penalty or is_norm):
             return Use("statistic")
-        return _term(step, origin, others, use) or Use("other", why)
-    if origin.is_either and origin.mixed == 2 and any(_may_be_scaled(origin, other) for other in others):
-        return Use("other", why)
+        return _term(step, use, origin, others, other)
+    if origin.is_either and origin.mixed == 2 and any(_may_be_scaled(origin, o) for o in others):
+        return other
     if name not in LINEAR:
-        return use.relabeled(lambda dim, labels: labels & TOTAL)._replace(hidden=frozenset())
-    if name in SUMS:
-        return use
+        lost = use.relabeled(lambda dim, labels: labels & TOTAL | (REDUCED if labels == SUM else labels & REDUCED))
+        return lost._replace(hidden=frozenset())
     # Only a sum right after a product makes a contraction of it, not that of `x * scale * weight`.
-    scaled = union(other.varies for other in others if other.made > Made.FROZEN)
+    scaled = union(o.varies for o in others if o.made > Made.FROZEN and name not in SUMS)
     return use.relabeled(lambda dim, labels: labels - SUM if dim in scaled else labels)
 
 
@@ -138,19 +158,6 @@ def _may_be_scaled(origin: Origin, other: Origin) -> bool:
     """Whether `other` may be data that parameters scale, as `x` in `x * (w @ rotation)[0]`."""
     is_array_of_more = other.made == Made.RAW and not other.varies <= origin.varies
     return other.made == Made.DATA or is_array_of_more or (other.is_either and other.made != origin.made)
-
-
-def _of_kernel_in_sum(step: Step, use: Use, origin: Origin, others: list[Origin], whole: Dims) -> Use:
-    """The use of one term, if the sum is a kernel: a kernel too (`w + a @ b`), or a bias (`w + b`)."""
-    is_spread = not origin.varies >= whole and not any(use.labels(dim) >= OUT for dim in origin.varies)
-    if is_spread and any(other.mixed for other in others):
-        return Use("other", f"{step.name}: {WHY}")
-    beside = [other for other in others if other.varies >= whole]
-    if any(o.made in (Made.FROZEN, Made.PARAMS) or (o.is_either and o.mixed < 2) for o in beside):
-        return use._replace(base="sure")
-    if any(o.is_array or o.is_either for o in beside):
-        return use._replace(base=use.base or "maybe")
-    return use
 
 
 def _spelled_out(step: Step, use: Use, origin: Origin, others: list[Origin]) -> Use | None:
@@ -168,16 +175,16 @@ def _spelled_out(step: Step, use: Use, origin: Origin, others: list[Origin]) -> 
     return Use("kernel", "reduce_sum", summed.dims)
 
 
-def _term(step: Step, origin: Origin, others: list[Origin], use: Use) -> Use | None:
-    """One of several products that are added up, `x0 * w[0] + x1 * w[1]`.
+def _term(step: Step, use: Use, origin: Origin, others: list[Origin], other: Use) -> Use:
+    """One of several products that are added up, `x0 * w[0] + x1 * w[1]`, or else certainly no kernel.
 
     If all the `x` are parts of one array, and all the `w`, it is a contraction: a convolution, tap by tap.
     """
     if step.name != "mul" or not use.hidden or len(others) != 1 or not others[0].source:
-        return None
+        return other
     ((row, _),) = use.hidden
     dims = labeled(step.new, _beside_data(step, origin, others[0].varies))
-    return Use("term", f"{step.name}: {WHY}", dims, hidden=frozenset({((row, others[0].source), IN)}))
+    return other._replace(how="term", dims=dims, hidden=frozenset({((row, others[0].source), IN)}))
 
 
 def _beside_data(step: Step, origin: Origin, data: Dims) -> list[Labels]:

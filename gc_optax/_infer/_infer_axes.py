@@ -1,18 +1,19 @@
-"""The fan-in of every parameter, read off what a model computes, from its end to its beginning."""
+"""What a user calls, and the way from the uses of a parameter to its axes, or to a warning."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import tree_util as jtu
 
-from .._axes import PyTree, is_array_like
+from .._axes import PyTree, WeightAxes, applicable, is_array_like, left_alone
+from .._text import place, stacklevel_of_the_user
 from ._origins import Made, Origin, big
 from ._program import shape_of
-from ._uses import OUTPUT
-from ._verdict import verdict, warn_of_unclear_uses
-from ._walk import read, read_back, settled
+from ._uses import OUT, OUTPUT, Use, Uses, listed
+from ._walk import LOOP, read, read_back, settled
 
 
 def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
@@ -76,15 +77,14 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
     if not callable(fn):
         raise TypeError(f"fn must be a function of the parameters, got {fn!r}")
     places, structure = jtu.tree_flatten_with_path(params)
-    leaves = [leaf for _, leaf in places]
     others, others_structure = jax.tree.flatten((args, kwargs))
-    given = leaves + others
+    given = [leaf for _, leaf in places] + others
 
     def of_arrays(arrays: list[Any]) -> list[Any]:
         rest = iter(arrays)
         filled = [next(rest) if _is_traced(leaf) else leaf for leaf in given]
-        fn_args, fn_kwargs = jax.tree.unflatten(others_structure, filled[len(leaves) :])
-        outputs = fn(jax.tree.unflatten(structure, filled[: len(leaves)]), *fn_args, **fn_kwargs)
+        fn_args, fn_kwargs = jax.tree.unflatten(others_structure, filled[len(places) :])
+        outputs = fn(jax.tree.unflatten(structure, filled[: len(places)]), *fn_args, **fn_kwargs)
         arrays = [output for output in jax.tree.leaves(outputs) if is_array_like(output)]
         if not arrays:
             raise TypeError(
@@ -92,27 +92,94 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
             )
         return arrays
 
-    closed = jax.make_jaxpr(of_arrays)([leaf for leaf in given if _is_traced(leaf)])
+    closed = _traced(of_arrays, [leaf for leaf in given if _is_traced(leaf)])
     numbers = [number for number, leaf in enumerate(given) if _is_traced(leaf)]
+    made = [Made.PARAMS if number < len(places) else Made.RAW for number in numbers]
     ins = [
-        settled(
-            Origin(Made.PARAMS if number < len(leaves) else Made.RAW, big(shape_of(var))),
-            var,
-            "",
-            True,
-            False,
-        )
-        for number, var in zip(numbers, closed.jaxpr.invars, strict=True)
+        settled(Origin(of_one, big(shape_of(var))), var, "", own=True, alone=False)
+        for of_one, var in zip(made, closed.jaxpr.invars, strict=True)
     ]
-    has_data = any(origin.made == Made.RAW for origin in ins)
-    tape = read(closed, ins, own=False, alone=not has_data)
-    outputs = [frozenset({OUTPUT})] * len(tape.outs)
-    found = dict(zip(numbers, read_back(tape, outputs), strict=True))
-    verdicts = [verdict(found.get(number), leaf) for number, leaf in enumerate(leaves)]
-    warn_of_unclear_uses(places, verdicts)
+    tape = read(closed, ins, own=False, alone=not any(origin.made == Made.RAW for origin in ins))
+    found = dict(zip(numbers, read_back(tape, [frozenset({OUTPUT})] * len(tape.outs)), strict=True))
+    verdicts = [_verdict(found.get(number), leaf) for number, (_, leaf) in enumerate(places)]
+    _warn_of_unclear_uses(places, verdicts)
     return jax.tree.unflatten(structure, [axes for axes, _ in verdicts])
 
 
 def _is_traced(leaf: Any) -> bool:
     # A number of NumPy may be what a Python number is: a rate, a count, a flag.
     return is_array_like(leaf) and not isinstance(leaf, np.generic)
+
+
+def _traced(of_arrays: Callable[[list[Any]], list[Any]], arrays: list[Any]) -> Any:
+    """The program of a function, or an error in our words where it is no program that JAX could trace."""
+    try:
+        return jax.make_jaxpr(of_arrays)(arrays)
+    except jax.errors.JAXTypeError as error:
+        raise TypeError(
+            "infer_axes traces fn on shapes, as jax.jit does, and fn needs the numbers of an array: it calls float() "
+            "or int() on one, or decides by one in `if`. Return arrays as they are, and use jnp.where or lax.cond"
+        ) from error
+    except NameError as error:
+        if "axis name" not in str(error):
+            raise
+        raise NameError(
+            f"infer_axes traces fn outside of pmap, vmap and shard_map, and fn uses the name of one of their axes "
+            f"({error}). Give it the loss of one device, without psum or pmean"
+        ) from error
+
+
+def _judged(use: Use) -> Use:
+    """The use of a parameter, with what its labels say."""
+    if use.how != "kernel":
+        return use._replace(how="other") if use.how == "term" else use
+    if use.doubt:
+        return use._replace(how="unclear", why=f"{use.op}: {use.doubt}", dims=())
+    if use.is_scale or not use.fan_in:
+        why = "a bias or a scale of another array" if use.is_scale else "none of its axes is summed over"
+        return use._replace(how="other", why=f"{use.op}: {why}")
+    return use
+
+
+def _verdict(uses: Uses | None, leaf: Any) -> tuple[WeightAxes, bool]:
+    """What all uses of a parameter say, and whether they are clear."""
+    if uses is None:
+        return left_alone("no array"), True
+    judged = sorted(map(_judged, uses), key=lambda use: use.why)
+    if any(use.how in ("kernel", "unclear") and not use.weak for use in judged):
+        judged = [use for use in judged if not use.weak]
+    kernels, others = ([use for use in judged if use.how == how] for how in ("kernel", "other"))
+    # In the first step of a recurrence `w` meets a state of zeros, which tells nothing. The later steps say how
+    # `w` is used, and their answer stands.
+    known = {use.fan_in for use in kernels}
+    unclear = [use for use in judged if use.how == "unclear" and use.fan_in not in known]
+    unclear += [use for use in others if kernels and use.op == LOOP]
+    telling = unclear or others or [use for use in judged if use.how == "statistic" and use.why]
+    if unclear or (telling and not kernels):
+        axes = left_alone(telling[0].why, telling[0].op)
+    elif not kernels:
+        never = "it never meets the data, or only a statistic of it does"
+        axes = left_alone(never if judged else "no gradient comes back to it")
+    else:
+        ways = list(dict.fromkeys(f"{use.op} over {listed(use.fan_in)}" for use in kernels))
+        fan_out = [dim for dim in range(len(leaf.shape)) if all(use.labels(dim) >= OUT for use in kernels)]
+        axes = WeightAxes(kernels[0].fan_in, tuple(fan_out), kernels[0].op, ways[0])
+        if others or len(known) > 1:
+            ways += dict.fromkeys(use.why for use in others)
+            axes = left_alone("used in more than one way: " + "; ".join(ways))
+    return applicable(axes, leaf), not unclear
+
+
+def _warn_of_unclear_uses(places: Sequence[Any], verdicts: Sequence[tuple[WeightAxes, bool]]) -> None:
+    """Warns, once for all of them, of the parameters whose uses are not clear."""
+    pairs = zip(places, verdicts, strict=True)
+    lines = [f"  {place(*leaf)}: {axes.why}" for leaf, (axes, is_clear) in pairs if not is_clear]
+    if lines:
+        warnings.warn(
+            "infer_axes leaves these parameters alone, because it cannot read with certainty what the "
+            "computation does with them:\n" + "\n".join(lines) + "\n"
+            "To centralize one of them, replace its leaf in the tree by axes of your own, or, if it is "
+            "multiplied by an array that the function closes over, pass the array as an argument.",
+            UserWarning,
+            stacklevel=stacklevel_of_the_user(),
+        )

@@ -1,26 +1,36 @@
-"""Rules of what moves entries, takes parts, sums over dimensions, and puts arrays in a row or into one another."""
+"""Rules of what moves entries, takes or picks parts, sums over dimensions, and puts arrays in a row or into one another."""
 
 import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
 
-from ._origins import Made, Origin, Sources, big, join_all
+import numpy as np
+
+from ._origins import NO_DIMS, Made, Origin, Sources, big, either, join_all
 from ._program import Shape, shape_of
 from ._rules import Step, absorbed, backwards, forwards, moves, unclear
-from ._uses import IN, NONE, OUT, REDUCED, SUM, TOTAL, Piece, Use, Uses, Window, cut_anew, labeled
-
-IN_A_ROW = "an input, in a row with the data"
+from ._uses import (
+    BATCH,
+    IN,
+    NO_USES,
+    NONE,
+    OUT,
+    PICK,
+    REDUCED,
+    SUM,
+    TOTAL,
+    Piece,
+    Use,
+    Uses,
+    cut_anew,
+    labeled,
+)
 
 
 @moves("transpose")
 def _transposed(eqn: Any, old: Shape, new: Shape) -> Sources:
     return [[dim] for dim in eqn.params["permutation"]]
-
-
-@moves("rev")
-def _reversed(eqn: Any, old: Shape, new: Shape) -> Sources:
-    return [[dim] for dim in range(len(old))]
 
 
 @moves("squeeze")
@@ -32,6 +42,14 @@ def _squeezed(eqn: Any, old: Shape, new: Shape) -> Sources:
 def _broadcast(eqn: Any, old: Shape, new: Shape) -> Sources:
     at = {target: dim for dim, target in enumerate(eqn.params["broadcast_dimensions"])}
     return [[at[dim]] if dim in at and old[at[dim]] == size else [] for dim, size in enumerate(new)]
+
+
+# Some of them change the size of a dimension, inside `shard_map` say, or give a new one to what was gathered.
+@moves("rev", "tile", "all_gather", "all_gather_invariant", "all_gather_reduced", "reduce_scatter")
+def _in_place(eqn: Any, old: Shape, new: Shape) -> Sources:
+    added = [eqn.params["all_gather_dimension"]] if len(new) > len(old) else []
+    kept = iter(range(len(old)))
+    return [[] if dim in added else [next(kept)] for dim in range(len(new))]
 
 
 @forwards("reshape")
@@ -59,34 +77,35 @@ def _cut(eqn: Any, ins: list[Origin], var: Any) -> Origin:
 
 @backwards("slice")
 def _slice_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
-    starts, stops = step.eqn.params["start_indices"], step.eqn.params["limit_indices"]
-    cut = [dim for dim, size in enumerate(step.new) if size != step.old[dim]]
-    if any((step.eqn.params["strides"] or step.old)[dim] > 1 for dim in cut if step.eqn.params["strides"]):
+    params, cut = step.eqn.params, [dim for dim, size in enumerate(step.new) if size != step.old[dim]]
+    if any(params["strides"][dim] > 1 for dim in cut if params["strides"]):
         return [{use.cut_back(cut, step.old) for use in uses[0]}]
-    return [_of_part(step, uses[0], tuple((dim, starts[dim], stops[dim]) for dim in cut))]
+    window = tuple((dim, params["start_indices"][dim], params["limit_indices"][dim]) for dim in cut)
+    return [{_windowed(step, use, window) for use in uses[0]}]
 
 
 @backwards("split", "unstack")
 def _split_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
     axis = step.eqn.params["axis"]
+    part = tuple(1 if dim == axis else size for dim, size in enumerate(step.old))
+    if step.name == "unstack":
+        uses = [frozenset(use.reshaped_back(range(len(part)), part) for use in of_one) for of_one in uses]
     stops = list(itertools.accumulate(step.eqn.params.get("sizes", [1] * len(uses))))
-    parts = zip(uses, [0, *stops], stops, strict=False)
-    return [itertools.chain(*(_of_part(step, of_one, ((axis, *part),)) for of_one, *part in parts))]
+    windows = [((axis, start, stop),) for start, stop in zip([0, *stops], stops, strict=False)]
+    pairs = zip(uses, windows, strict=True)
+    return [{_windowed(step, use, window) for of_one, window in pairs for use in of_one}]
 
 
-def _of_part(step: Step, uses: Uses, window: Window) -> Iterable[Use]:
-    """The uses of an array of which only a part is used so; it does not matter which part of data it is."""
-    if len(step.old) > len(step.new):
-        one = tuple(1 if dim == window[0][0] else size for dim, size in enumerate(step.old))
-        uses = frozenset(use.reshaped_back(range(len(one)), one) for use in uses)
-    return uses if step.ins[0].made == Made.DATA else {use._replace(window=window) for use in uses}
+def _windowed(step: Step, use: Use, window: tuple[tuple[int, int, int], ...]) -> Use:
+    """The use of an array of which only a part is used so; it does not matter which part of data it is."""
+    return use.resized(step.old) if step.ins[0].made == Made.DATA else use._replace(window=window)
 
 
 # Sums over dimensions.
 
 REDUCTIONS = (
     *("argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod"),
-    *("reduce_sum", "reduce_xor"),
+    *("reduce_sum", "reduce_xor", "psum", "pmax", "pmin"),  # the last three of what `vmap` gave a dimension
 )
 
 
@@ -100,7 +119,7 @@ def _reduced(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     # In `(x[:, :, None] * w).sum(1)` a product entry by entry and a sum make a contraction.
     is_product = operand.is_either and eqn.primitive.name == "reduce_sum"
     made = Made.DATA if is_product and summed and summed <= operand.along else operand.made
-    return operand.moved(_kept(eqn))._replace(made=made, hot=frozenset(), source=0)
+    return operand.moved(_kept(eqn))._replace(made=made, hot=NO_DIMS, source=0)
 
 
 @backwards(*REDUCTIONS)
@@ -110,21 +129,22 @@ def _reduced_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
 
 
 def _before_reduction(step: Step, use: Use, gone: set[int]) -> Use:
-    back = use.moved_back(_kept(step.eqn), step.old)
-    if use.how == "output":
-        # Only the first sum after a product makes a contraction of it.
-        label = (SUM if step.name == "reduce_sum" else NONE) | (TOTAL if math.prod(step.new) == 1 else NONE)
-        kept = [back.labels(dim) & TOTAL if back.dims else NONE for dim in range(len(step.old))]
-        return Use(
-            "output", dims=labeled(step.old, (label if d in gone else kept[d] for d in range(len(kept))))
-        )
     if use.how in ("other", "term") or (use.how == "kernel" and use.spread & (IN | OUT)):
         return Use("statistic", f"{use.op}: only a statistic of it meets the data")
-    return back.relabeled(lambda dim, labels: labels | REDUCED if dim in gone else labels)
+    back = use.moved_back(_kept(step.eqn), step.old)
+    if use.how != "output":
+        return back.relabeled(lambda dim, labels: labels | REDUCED if dim in gone else labels)
+    # Only the first sum after a product makes a contraction of it.
+    label = (SUM if step.name == "reduce_sum" else NONE) | (TOTAL if math.prod(step.new) == 1 else NONE)
+    kept = [back.labels(dim) & TOTAL if back.dims else NONE for dim in range(len(step.old))]
+    return Use(
+        "output", dims=labeled(step.old, (label if d in gone else of_one for d, of_one in enumerate(kept)))
+    )
 
 
 # In a row, and one in the other.
 
+IN_A_ROW = "an input, in a row with the data"
 WRITES = (
     *("dynamic_update_slice", "scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul"),
     "scatter-sub",
@@ -134,9 +154,7 @@ WRITES = (
 @forwards("concatenate", "stack", "pad", *WRITES)
 def _beside(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     source = ins[0].source if eqn.primitive.name == "pad" else 0
-    return join_all(ins)._replace(
-        varies=big(shape_of(var)), hot=frozenset(), along=frozenset(), source=source
-    )
+    return join_all(ins)._replace(varies=big(shape_of(var)), hot=NO_DIMS, along=NO_DIMS, source=source)
 
 
 @backwards("concatenate")
@@ -184,18 +202,76 @@ def _written_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
     return [operand, *(unclear(step, uses[0], number) for number in range(1, len(step.ins)))]
 
 
-# Inside `shard_map`: a dimension that is longer or shorter afterwards.
-
-RESIZES = ("all_gather", "all_gather_invariant", "all_gather_reduced", "reduce_scatter", "tile")
+# Lookups: of a vector in a table, of an expert, of a layer, or of all entries in another order.
 
 
-@forwards(*RESIZES)
-def _resized(eqn: Any, ins: list[Origin], var: Any) -> Origin:
-    is_same_rank = len(shape_of(eqn.invars[0])) == len(shape_of(var))
-    return ins[0] if is_same_rank else join_all(ins)._replace(varies=big(shape_of(var)))
+def _picked(eqn: Any, old: Shape, new: Shape) -> tuple[Sources, list[int], Shape]:
+    """The source of each new dimension, the old ones that indices point into, and the size of a slice."""
+    if eqn.primitive.name == "dynamic_slice":
+        return [[dim] for dim in range(len(new))], [], new
+    numbers = eqn.params["dimension_numbers"]
+    pointed = [*numbers.collapsed_slice_dims, *numbers.operand_batching_dims]
+    kept = iter([dim for dim in range(len(old)) if dim not in pointed])
+    sources = [[next(kept)] if dim in numbers.offset_dims else [] for dim in range(len(new))]
+    return sources, pointed, tuple(eqn.params["slice_sizes"])
 
 
-@backwards(*RESIZES)
-def _resized_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
-    is_same_rank = len(step.old) == len(step.new)
-    return [{use.resized(step.old) for use in uses[0]} if is_same_rank else unclear(step, uses[0], 0)]
+def _leaves_nothing_out(eqn: Any, ins: list[Origin]) -> bool:
+    """Whether the indices are known, and every entry along the one dimension that they point into is picked."""
+    if eqn.primitive.name == "dynamic_slice" or ins[1].value is None:
+        return False
+    old, numbers, sizes = shape_of(eqn.invars[0]), eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    cut = tuple(dim for dim in range(len(old)) if sizes[dim] != old[dim])
+    is_along_one = len(cut) == 1 and numbers.start_index_map == numbers.collapsed_slice_dims == cut
+    return is_along_one and set(range(old[cut[0]])) == set(np.unique(ins[1].value).tolist())
+
+
+@forwards("gather", "dynamic_slice")
+def _looked_up(eqn: Any, ins: list[Origin], var: Any) -> Origin:
+    operand, index, old, new = ins[0], join_all(ins[1:]), shape_of(eqn.invars[0]), shape_of(var)
+    sources, _, sizes = _picked(eqn, old, new)
+    moved = operand.moved(sources)._replace(varies=big(new))
+    if _leaves_nothing_out(eqn, ins):
+        return moved
+    if not operand.has_params:
+        return moved._replace(made=max(operand.made, index.made))
+    picked = moved._replace(along=NO_DIMS, source=0)
+    if index.made <= Made.PARAMS:
+        return picked
+    # What the data picks may be a vector, of an embedding, or a matrix, of an expert.
+    whole = [size == extent for size, extent in zip(sizes, old, strict=True)]
+    is_matrix = sum(whole) > 1 and all(w or size == 1 for w, size in zip(whole, sizes, strict=True))
+    is_vector = (index.is_data or index.has_params) and not is_matrix
+    return picked._replace(
+        made=Made.DATA if is_vector else either(ins), mixed=operand.mixed if is_matrix else 2
+    )
+
+
+@backwards("gather", "dynamic_slice")
+def _looked_up_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
+    operand, is_all = step.ins[0], _leaves_nothing_out(step.eqn, step.ins)
+    by_data = any(origin.made > Made.PARAMS for origin in step.ins[1:]) and not is_all
+    is_table = by_data and operand.has_params and operand.mixed < 2
+    table = operand._replace(made=Made.PARAMS) if is_table else operand
+    sources, pointed, sizes = _picked(step.eqn, step.old, step.new)
+    partly = [
+        dim for dim, size in enumerate(step.old) if not is_all and (dim in pointed or sizes[dim] != size)
+    ]
+    found = set()
+    for use in uses[0]:
+        before = absorbed(use, table, step.outs[0], f"{step.name}: a lookup table")
+        before = _before_lookup(step, before, sources, pointed)
+        found.add(before.cut_back(partly, step.old, PICK if by_data else BATCH))
+    return [found, *[NO_USES] * (len(step.ins) - 1)]
+
+
+def _before_lookup(step: Step, use: Use, sources: Sources, pointed: list[int]) -> Use:
+    """The use of all entries, with the labels of the indices' dimensions for those that they point into."""
+    along = [
+        piece for pieces, source in zip(use.dims, sources, strict=False) if not source for piece in pieces
+    ]
+    row = along[0].row if len({piece.row for piece in along}) == 1 else 0
+    labels, before = NONE.union(*(piece.labels for piece in along)), use.moved_back(sources, step.old)
+    dims = enumerate(before.dims)
+    new = ((Piece(step.old[dim], labels, row),) if dim in pointed else pieces for dim, pieces in dims)
+    return before._replace(dims=tuple(new), hidden=use.hidden)

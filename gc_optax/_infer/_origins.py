@@ -5,6 +5,8 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ._program import Shape, shape_of
 
 Dims = frozenset[int]
@@ -20,32 +22,27 @@ class Made(enum.IntEnum):
     PARAMS = 2  # parameters: `w / norm(w)`
     CLOSED = 3  # what the function closes over: a batch, a mask or a fixed matrix
     RAW = 4  # arguments as they are given: a batch, a mask or a frozen kernel
-    # Parameters that the former scale, mask or pick, kernels or activations: `w * mask`, `experts[i]`.
-    EITHER_CLOSED = 5
-    EITHER = 6
+    EITHER_CLOSED = 5  # parameters that `CLOSED` scale, mask or pick, kernels or activations: `w * mask`
+    EITHER = 6  # the same with `RAW`: `experts[i]`
     DATA = 7  # what is certain to be data: `tanh(x @ w)`
 
 
 class Origin(NamedTuple):
-    """What is known of an array from what it is computed from.
-
-    Args:
-        made: what it is made of.
-        varies: the dimensions along which it is not constant.
-        mixed: 0 where each entry comes from one entry of each parameter; 1 where it comes from many, as in
-            `a @ b`; 2 where it is as likely to be an activation, as `closed_over @ w` and `argument + w` are.
-        hot: the dimensions along which it is one-hot.
-        along: the dimensions along which data scale the parameters in it.
-        value: its entries, if they are known whole numbers: `np.array([1, 0, 2])`.
-        source: a number for its entries, wherever they are: `roll(x, 1)` has that of `x`. 0 if there is none.
-    """
+    """What is known of an array from what it is computed from."""
 
     made: Made
+    # The dimensions along which it is not constant.
     varies: Dims = NO_DIMS
+    # 0 where each entry comes from one entry of each parameter; 1 where it comes from many, as in `a @ b`; 2 where
+    # it is as likely to be an activation, as `closed_over @ w` and `argument + w` are.
     mixed: int = 0
+    # The dimensions along which it is one-hot.
     hot: Dims = NO_DIMS
+    # The dimensions along which data scale the parameters in it.
     along: Dims = NO_DIMS
+    # Its entries, if they are known whole numbers: `np.array([1, 0, 2])`.
     value: Any = None
+    # A number for its entries, wherever they are: `roll(x, 1)` has that of `x`. 0 if there is none.
     source: int = 0
 
     @property
@@ -68,12 +65,20 @@ class Origin(NamedTuple):
         """Whether it is certain to be data, and no constant of the model."""
         return self.made in (Made.RAW, Made.DATA)
 
+    def is_distinct(self, dim: int) -> bool:
+        """Whether it counts up along a dimension, or has known indices that are all different."""
+        if self.value is None or not self.value.ndim:
+            return False
+        others = tuple(d for d in range(self.value.ndim) if d != dim)
+        is_constant = all(self.value.strides[d] == 0 or self.value.shape[d] == 1 for d in others)
+        line = np.moveaxis(self.value, dim, -1)[(0,) * len(others)]
+        return is_constant and len(np.unique(line)) == line.size
+
     def moved(self, sources: Sources) -> "Origin":
         """What is known of it when its entries are moved."""
-        old = (self.varies, self.hot, self.along)
         varies, hot, along = (
             frozenset(new for new, source in enumerate(sources) if not dims.isdisjoint(source))
-            for dims in old
+            for dims in (self.varies, self.hot, self.along)
         )
         return self._replace(varies=varies, hot=hot, along=along, value=None)
 

@@ -1,6 +1,7 @@
 """The program that JAX traces: all that depends on how JAX writes a jaxpr down, and on its version."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,14 +17,9 @@ def shape_of(atom: Any) -> Shape:
     return tuple(getattr(atom.aval, "shape", ()))
 
 
-def is_key(atom: Any) -> bool:
-    """Whether it holds random keys, which nothing is computed from."""
-    return bool(jnp.issubdtype(_dtype(atom), jax.dtypes.prng_key))
-
-
-def carries_gradient(atom: Any) -> bool:
-    """Whether a gradient can come back to it: whether its numbers are real or complex."""
-    return bool(jnp.issubdtype(_dtype(atom), jnp.inexact))
+def is_kind(atom: Any, kind: Any) -> bool:
+    """Whether its numbers are of a kind: `jnp.inexact`, through which a gradient can come back, or random keys."""
+    return bool(jnp.issubdtype(getattr(atom.aval, "dtype", jnp.dtype(bool)), kind))
 
 
 def is_literal(atom: Any) -> bool:
@@ -64,11 +60,27 @@ def loop_of(eqn: Any) -> tuple[Any, int, int, int]:
     if eqn.primitive.name == "while":
         first, fixed = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         return eqn.params["body_jaxpr"], first, fixed, len(eqn.outvars)
-    inside, ranks = _ranks(opened(eqn.params["jaxpr"])), _ranks(eqn)
-    is_looped = [outer > inner for outer, inner in zip(ranks, inside, strict=True)]
+    ranks = zip(_ranks(eqn), _ranks(opened(eqn.params["jaxpr"])), strict=True)
+    is_looped = [outer > inner for outer, inner in ranks]
     looped, stacked = sum(is_looped[: len(eqn.invars)]), sum(is_looped[len(eqn.invars) :])
     carried = len(eqn.outvars) - stacked
     return eqn.params["jaxpr"], 0, len(eqn.invars) - looped - carried, carried
+
+
+def _ranks(holder: Any) -> list[int]:
+    return [len(shape_of(atom)) for atom in (*holder.invars, *holder.outvars)]
+
+
+# Indices that are known: `w[np.array([1, 0, 2])]`, `w[2 - jnp.arange(3)]`.
+
+KNOWN: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "lt": np.less,
+    "select_n": lambda which, *cases: np.choose(which, cases),
+    "clamp": lambda low, value, high: np.clip(value, low, high),
+    "convert_element_type": lambda value: value,
+}
 
 
 def indices(value: Any) -> np.ndarray[Any, Any] | None:
@@ -79,9 +91,22 @@ def indices(value: Any) -> np.ndarray[Any, Any] | None:
     return np.asarray(value)
 
 
-def _dtype(atom: Any) -> Any:
-    return getattr(atom.aval, "dtype", jnp.dtype(bool))
-
-
-def _ranks(holder: Any) -> list[int]:
-    return [len(shape_of(atom)) for atom in (*holder.invars, *holder.outvars)]
+def folded(eqn: Any, values: Sequence[Any]) -> Any:
+    """The indices that an equation computes, if those that go in are known, and few; otherwise `None`."""
+    name, params, shape = eqn.primitive.name, eqn.params, shape_of(eqn.outvars[0])
+    if any(value is None for value in values):
+        return None
+    if name == "iota" and is_kind(eqn.outvars[0], jnp.integer):
+        values, name, kept = (
+            [np.arange(shape[params["dimension"]])],
+            "broadcast_in_dim",
+            [params["dimension"]],
+        )
+    else:
+        kept = params.get("broadcast_dimensions", ())
+    if name == "broadcast_in_dim":
+        gone = [dim for dim in range(len(shape)) if dim not in kept]
+        return np.broadcast_to(np.expand_dims(values[0], gone), shape)
+    if name in ("reshape", "squeeze"):
+        return np.reshape(values[0], shape)
+    return KNOWN[name](*values) if name in KNOWN and math.prod(shape) <= 2**20 else None

@@ -7,42 +7,41 @@ that `moves` does. Without any, what becomes of its arguments is unclear, and a 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from ._indices import folded
 from ._origins import Made, Origin, Sources, computed
-from ._program import Shape, shape_of
+from ._program import Shape, folded, shape_of
 from ._uses import NO_USES, Use, Uses
+
+
+class Step(NamedTuple):
+    """An equation, what is known of its arguments and results, and its bodies as they were read.
+
+    It has the name of its primitive, and the shapes of its first argument, `old`, and of its first result, `new`.
+    """
+
+    eqn: Any
+    ins: list[Origin]
+    outs: list[Origin]
+    bodies: list["Tape"]
+
+    @property
+    def name(self) -> str:
+        return str(self.eqn.primitive.name)
+
+    @property
+    def old(self) -> Shape:
+        return shape_of(self.eqn.invars[0])
+
+    @property
+    def new(self) -> Shape:
+        return shape_of(self.eqn.outvars[0])
 
 
 class Tape(NamedTuple):
     """A jaxpr that was read forwards: its equations, and what is known of its results."""
 
     jaxpr: Any
-    steps: list["Step"]
+    steps: list[Step]
     outs: list[Origin]
-
-
-class Step(NamedTuple):
-    """An equation, what is known of its arguments and results, and its bodies as they were read."""
-
-    eqn: Any
-    ins: list[Origin]
-    outs: list[Origin]
-    bodies: list[Tape]
-
-    @property
-    def name(self) -> str:
-        """The name of the primitive."""
-        return str(self.eqn.primitive.name)
-
-    @property
-    def old(self) -> Shape:
-        """The shape of the first argument."""
-        return shape_of(self.eqn.invars[0])
-
-    @property
-    def new(self) -> Shape:
-        """The shape of the first result."""
-        return shape_of(self.eqn.outvars[0])
 
 
 # From the equation, the origins of its arguments, and one of its results: the origin of that.

@@ -27,17 +27,12 @@ IN, OUT, BATCH, PICK, PART, REDUCED, SUM, TOTAL = (
 
 
 class Piece(NamedTuple):
-    """A piece of a dimension.
-
-    Args:
-        size: the number of entries.
-        labels: what they are used for.
-        row: what put the piece in a row with others, as the `stack` in `x @ jnp.stack([w[0], w[1]])`: only all of
-            them together are what the labels speak of. 0 if nothing did.
-    """
+    """A piece of a dimension: how many entries it has, and what they are used for."""
 
     size: int
     labels: Labels = NONE
+    # What put it in a row with others, as the `stack` in `x @ jnp.stack([w[0], w[1]])`: only all of them together are
+    # what the labels speak of. 0 if nothing did.
     row: Hashable = 0
 
 
@@ -46,30 +41,25 @@ Window = tuple[tuple[int, int, int], ...]  # dimension, start and stop of what a
 
 
 class Use(NamedTuple):
-    """One way in which an array is used.
+    """One way in which an array is used."""
 
-    Args:
-        how: "kernel", contracted with data; "other", certainly no kernel; "term", scales data, and such products
-            are added up; "statistic", only a scale that is computed from it is used; "unclear"; "output",
-            returned, or an activation.
-        why: for a reader, after the primitive that says so: "add: a bias, a scale or a gate".
-        dims: the pieces of each dimension; or nothing, where they do not matter.
-        spread: the labels of dimensions along which it is repeated, as a scale of what varies there.
-        hidden: rows (see `Piece.row`) that it is one piece of, of which it has no dimension, and their labels:
-            for `w[0]` in `x @ jnp.stack([w[0], w[1]])` the stack, and `in`.
-        window: the part of the array that is used so, if it is only a part.
-        base: what it is added to: a kernel ("sure"), what may be an activation ("maybe"), or nothing.
-        weak: whether only a scale of a whole kernel is computed in this way, as a spectral norm is. Any other
-            use of the same parameter counts more.
-    """
-
+    # "kernel", contracted with data; "other", certainly no kernel; "term", scales data, and such products are added up;
+    # "statistic", only a scale that is computed from it is used; "unclear"; "output", returned, or an activation.
     how: str
+    # For a reader, after the primitive that says so: "add: a bias, a scale or a gate".
     why: str = ""
+    # The pieces of each dimension; or nothing, where they do not matter.
     dims: tuple[Dim, ...] = ()
+    # The labels of dimensions along which it is repeated, as a scale of what varies there.
     spread: Labels = NONE
+    # Rows (see `Piece`) that it is one piece of, of which it has no dimension, and their labels: for `w[0]` in
+    # `x @ jnp.stack([w[0], w[1]])` the stack, and `in`.
     hidden: frozenset[tuple[Hashable, Labels]] = frozenset()
+    # The part of the array that is used so, if it is only a part.
     window: Window = ()
+    # What it is added to: a kernel ("sure"), what may be an activation ("maybe"), or nothing.
     base: str = ""
+    # Whether only a scale of a whole kernel is computed in this way, as a spectral norm is: other uses count more.
     weak: bool = False
 
     @property
@@ -92,24 +82,38 @@ class Use(NamedTuple):
         has_outputs = any(self.labels(dim) >= OUT for dim in range(len(self.dims)))
         return (self.spread >= OUT and not has_outputs) or (self.spread >= IN and not self.fan_in)
 
-    def relabeled(self, new_labels: Callable[[int, Labels], Labels]) -> "Use":
+    @property
+    def doubt(self) -> str:
+        """Why the use of a kernel says nothing with certainty, or nothing."""
+        labels = [self.labels(dim) for dim in range(len(self.dims))]
+        if reduced := [dim for dim, of_one in enumerate(labels) if of_one >= REDUCED]:
+            return f"{listed(reduced)} reduced before it meets the data"
+        if mixed := [dim for dim, of_one in enumerate(labels) if of_one > IN]:
+            return f"only a part of {listed(mixed)} is contracted with the data"
+        if self.base == "maybe":
+            return "an argument of its shape is added to it: it may be a kernel or an input"
+        is_matrix = self.spread >= OUT and self.fan_in and not self.is_scale
+        return "spread over an array with more axes, as a scale of it or as a weight" if is_matrix else ""
+
+    def relabeled(self, new: Callable[[int, Labels], Labels]) -> "Use":
         """With labels that depend on the dimension and on those of before."""
-        dims = (
-            tuple(piece._replace(labels=new_labels(dim, piece.labels)) for piece in pieces)
-            for dim, pieces in enumerate(self.dims)
+        dims = enumerate(self.dims)
+        return self._replace(
+            dims=tuple(tuple(p._replace(labels=new(d, p.labels)) for p in dim) for d, dim in dims)
         )
-        return self._replace(dims=tuple(dims))
 
     def moved_back(self, sources: Sources, old: Shape) -> "Use":
-        """The use of an array, from the use of its entries at other places."""
+        """The use of an array, from the use of its entries at other places, of which there may be more or fewer."""
         if not self.dims:
             return self
         dims: list[Dim] = [(Piece(size),) for size in old]
         for pieces, source in zip(self.dims, sources, strict=True):
             for dim in source:
                 dims[dim] = pieces
-        gone = (pieces for pieces, source in zip(self.dims, sources, strict=True) if not source)
-        return self._without(itertools.chain.from_iterable(gone))._replace(dims=tuple(dims))
+        gone = (
+            piece for pieces, source in zip(self.dims, sources, strict=True) if not source for piece in pieces
+        )
+        return self._without(gone)._replace(dims=tuple(dims)).resized(old)
 
     def reshaped_back(self, order: Sequence[int], old: Shape) -> "Use":
         """The use of an array whose dimensions are read in some order and cut anew."""
@@ -130,8 +134,7 @@ class Use(NamedTuple):
         """The use of an array of another extent; what differs becomes a piece of a row, if one is given."""
         if not self.dims:
             return self
-        dims = zip(self.dims, shape, strict=True)
-        return self._replace(dims=tuple(_resized(pieces, size, row) for pieces, size in dims))
+        return self._replace(dims=tuple(_resized(*dim, row) for dim in zip(self.dims, shape, strict=True)))
 
     def cut_back(self, cut: Sequence[int], old: Shape, label: Labels = BATCH) -> "Use":
         """The use of an array, from the use of a part of it along some dimensions, nobody knows which part."""
@@ -147,8 +150,8 @@ class Use(NamedTuple):
 
     def alone(self) -> "Use":
         """Without the rows that it is a piece of, since it takes turns with others there."""
-        dims = (tuple(piece._replace(row=0) for piece in pieces) for pieces in self.dims)
-        return self._replace(dims=tuple(dims), hidden=frozenset((0, labels) for _, labels in self.hidden))
+        dims = tuple(tuple(piece._replace(row=0) for piece in pieces) for pieces in self.dims)
+        return self._replace(dims=dims, hidden=frozenset((0, labels) for _, labels in self.hidden))
 
 
 Uses = frozenset[Use]
@@ -161,6 +164,11 @@ def labeled(shape: Shape, labels: Iterable[Labels]) -> tuple[Dim, ...]:
     return tuple((Piece(size, of_one),) for size, of_one in zip(shape, labels, strict=True))
 
 
+def listed(axes: Sequence[int]) -> str:
+    """Axes for a reader: "axes 0, 1"."""
+    return ("axis " if len(axes) == 1 else "axes ") + ", ".join(map(str, axes))
+
+
 # Pieces.
 
 
@@ -168,39 +176,25 @@ def cut_anew(row: Iterable[Piece], sizes: Sequence[int]) -> list[Dim]:
     """Cuts a row of pieces into dimensions of other sizes.
 
     Where the cuts do not fall between pieces or divide them, as from (4, 6) to (3, 8), labels can no longer be told
-    apart, and each of these dimensions has those of all.
+    apart, and each dimension from there on has those of all.
     """
     runs = itertools.groupby((piece for piece in row if piece.size != 1), lambda piece: piece[1:])
     rest = [Piece(math.prod(piece.size for piece in run), *alike) for alike, run in runs][::-1]
-    dims = list[Dim]()
-    while len(dims) < len(sizes):
-        size, taken = sizes[len(dims)], list[Piece]()
-        while size > 1 and rest:
+    dims: list[Dim] = []
+    for number, size in enumerate(sizes):
+        left, taken = size, list[Piece]()
+        while left > 1 and rest:
             piece = rest.pop()
-            common = math.gcd(size, piece.size)
-            if common < size and common < piece.size:
-                dims += _blended([*taken, piece], rest, sizes[len(dims) :])
-                break
+            common = math.gcd(left, piece.size)
+            if common < left and common < piece.size:
+                labels = NONE.union(*(p.labels for p in (*taken, piece, *rest)))
+                return dims + [(Piece(size, labels),) for size in sizes[number:]]
             taken.append(piece._replace(size=common))
-            size //= common
+            left //= common
             if common < piece.size:
                 rest.append(piece._replace(size=piece.size // common))
-        else:
-            dims.append(tuple(taken) or (Piece(size),))
+        dims.append(tuple(taken) or (Piece(size),))
     return dims
-
-
-def _blended(taken: list[Piece], rest: list[Piece], sizes: Sequence[int]) -> list[Dim]:
-    """The next dimensions, with the labels of all pieces up to where pieces and dimensions end together."""
-    have, want, number = math.prod(piece.size for piece in taken), sizes[0], 1
-    while have != want:
-        if have < want:
-            taken.append(rest.pop())
-            have *= taken[-1].size
-        else:
-            want, number = want * sizes[number], number + 1
-    labels = NONE.union(*(piece.labels for piece in taken))
-    return [(Piece(size, labels),) for size in sizes[:number]]
 
 
 def _resized(pieces: Dim, size: int, row: Hashable) -> Dim:

@@ -3,18 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from ._origins import CONSTANT, Made, Origin, big, join, join_all
-from ._program import (
-    bodies_of,
-    carries_gradient,
-    closed_over,
-    indices,
-    is_key,
-    is_literal,
-    loop_of,
-    opened,
-    shape_of,
-)
+from ._program import bodies_of, closed_over, indices, is_kind, is_literal, loop_of, opened, shape_of
 from ._rules import Step, Tape, absorbed, origin_of_result, uses_of_arguments
 from ._uses import BATCH, IN, NO_USES, NONE, OUT, OUTPUT, PART, Piece, Use, Uses, put_together
 
@@ -25,8 +18,6 @@ EACH_BY_ITSELF = (
 )
 # What makes an array of nothing, or of a number.
 MAKING_ARRAYS = ("broadcast_in_dim", "random_bits", "rng_bit_generator", "threefry2x32")
-# A function that says itself what its derivative is: its body does not say where gradients go.
-OWN_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
 def read(jaxpr: Any, ins: Sequence[Origin], own: bool, alone: bool) -> Tape:
@@ -35,7 +26,7 @@ def read(jaxpr: Any, ins: Sequence[Origin], own: bool, alone: bool) -> Tape:
     Args:
         jaxpr: the jaxpr, open or closed.
         ins: what is known of its inputs.
-        own: whether it has a derivative of its own.
+        own: whether it has a derivative of its own, `custom_vjp`: then it does not say where gradients go.
         alone: whether there are no data but those that the function makes itself: `x = jnp.ones((8, 4))`.
     """
     inside, steps = opened(jaxpr), []
@@ -57,7 +48,7 @@ def read(jaxpr: Any, ins: Sequence[Origin], own: bool, alone: bool) -> Tape:
 
 def _given(atom: Any, value: Any) -> Origin:
     """Where what is closed over, or stands in an equation, comes from."""
-    made = Made.CLOSED if shape_of(atom) and not is_key(atom) else Made.CONSTANT
+    made = Made.CLOSED if shape_of(atom) and not is_kind(atom, jax.dtypes.prng_key) else Made.CONSTANT
     return Origin(made, big(shape_of(atom)), value=indices(value))
 
 
@@ -66,20 +57,27 @@ def _results(eqn: Any, ins: list[Origin], own: bool, alone: bool) -> tuple[list[
     if name in LOOPS:
         return _loop(eqn, ins, own, alone)
     if bodies := bodies_of(eqn):
-        tapes = [read(body, ins[name == "cond" :], own or name in OWN_DERIVATIVE, alone) for body in bodies]
+        tapes = [
+            read(body, ins[name == "cond" :], own or name.startswith("custom_"), alone) for body in bodies
+        ]
         return [join_all(each) for each in zip(*(tape.outs for tape in tapes), strict=True)], tapes
-    if name in EACH_BY_ITSELF and len(ins) == len(eqn.outvars):
+    if _is_each_by_itself(eqn):
         return ins, []
     return [origin_of_result(eqn, ins, var) for var in eqn.outvars], []
 
 
+def _is_each_by_itself(eqn: Any) -> bool:
+    """Whether every result is an argument, of the same shape, in the same place."""
+    return eqn.primitive.name in EACH_BY_ITSELF and [*map(shape_of, eqn.invars)] == [*map(shape_of, eqn.outvars)]
+
+
 def settled(origin: Origin, var: Any, name: str, own: bool, alone: bool) -> Origin:
     """What is known of a variable, with what its kind of numbers and the primitive that made it say."""
-    if is_key(var):
+    if is_kind(var, jax.dtypes.prng_key):
         return CONSTANT
     if alone and origin.made == Made.CONSTANT and name in MAKING_ARRAYS and shape_of(var):
         return origin._replace(made=Made.CLOSED, varies=big(shape_of(var)))
-    is_stopped = name == "stop_gradient" or not carries_gradient(var)
+    is_stopped = name == "stop_gradient" or not is_kind(var, jnp.inexact)
     return origin._replace(made=Made.FROZEN) if is_stopped and not own and origin.has_params else origin
 
 
@@ -106,6 +104,8 @@ def _loop(eqn: Any, ins: list[Origin], own: bool, alone: bool) -> tuple[list[Ori
 
 MOST_ROUNDS = 16
 LOOP = "a loop or a branch"
+# What a rule says that forgot a dimension.
+UNFIT = Use("unclear", "infer_axes: what became of it cannot be read")
 
 
 def read_back(tape: Tape, outputs: Sequence[Uses], own: bool = False) -> list[Uses]:
@@ -113,9 +113,10 @@ def read_back(tape: Tape, outputs: Sequence[Uses], own: bool = False) -> list[Us
     env: dict[Any, set[Use]] = {}
 
     def add(atom: Any, origin: Origin, uses: Iterable[Use]) -> None:
-        is_used = not is_literal(atom) and (own or carries_gradient(atom))
+        is_used = not is_literal(atom) and (own or is_kind(atom, jnp.inexact))
         if is_used and (origin.has_params or origin.made == Made.DATA):
-            found = map(_of_data, uses) if origin.made == Made.DATA else uses
+            fitting = (use if len(use.dims) in (0, len(shape_of(atom))) else UNFIT for use in uses)
+            found = map(_of_data, fitting) if origin.made == Made.DATA else fitting
             env.setdefault(atom, set()).update(found)
 
     def look(atom: Any, axis: int | None = None) -> Uses:
@@ -156,8 +157,8 @@ def _before(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
     if step.name in LOOPS:
         return _loop_back(step, uses, own)
     if step.bodies:
-        return _bodies_back(step, uses, own or step.name in OWN_DERIVATIVE)
-    if step.name in EACH_BY_ITSELF and len(step.ins) == len(uses):
+        return _bodies_back(step, uses, own or step.name.startswith("custom_"))
+    if _is_each_by_itself(step.eqn):
         return list(uses)
     return uses_of_arguments(step, uses)
 
