@@ -1,7 +1,7 @@
 """Rules of products that sum over dimensions: where a weight meets the data.
 
-In `x @ w` the data say which dimensions of `w` are contracted. In `x @ (a @ b)` there are no data in the inner product:
-what it means for `a` and `b` depends on what is done with the result.
+In `x @ w` the data say which dimensions of `w` are contracted. In `x @ (a @ b)` there are no data in the
+inner product: what it means for `a` and `b` depends on what is done with the result.
 """
 
 import math
@@ -32,17 +32,11 @@ UNKNOWN_PRODUCT = "a product of parameters with data on neither side"
 
 
 class Side(NamedTuple):
-    """One side of a `dot_general`: its shape, and for each of its dimensions what becomes of it.
-
-    Args:
-        shape: its shape.
-        contracted: the dimensions that are summed over, in the order of those of the other side.
-        places: where in the result the other dimensions are, those of the batch first.
-    """
+    """One side of a `dot_general`: its shape, and for each of its dimensions what becomes of it."""
 
     shape: Shape
-    contracted: tuple[int, ...]
-    places: dict[int, int]
+    contracted: tuple[int, ...]  # what is summed over, in the order of the other side
+    places: dict[int, int]  # where in the result the other dimensions are, those of the batch first
 
     @property
     def size(self) -> int:
@@ -155,7 +149,7 @@ def _beside_activation(op: str, mine: Origin, its: Origin, reading: Use) -> Use:
         return OUTPUT
     if not mine.is_either or its.mixed == 2 != mine.mixed:
         return reading
-    # In `(x + positions) @ (w @ rotation)`, with a rotation that is closed over, the second may be the kernel.
+    # In `(x + positions) @ (w @ rotation)`, the rotation closed over, the second may be the kernel.
     is_one_kind = mine.made == its.made or mine.mixed < 2
     return OUTPUT if is_one_kind else Use("unclear", f"{op}: which side of it is the kernel cannot be told")
 
@@ -163,8 +157,8 @@ def _beside_activation(op: str, mine: Origin, its: Origin, reading: Use) -> Use:
 def _beside_constants(step: Step, use: Use, side: Side, mine: Origin, other: Side, its: Origin) -> Use:
     """The use of a side of a product with constants.
 
-    In `(ones((3, 4)) @ w) @ x.T` the ones may be the inputs of `w`, in `x @ (w @ rotation)` the outputs are rotated.
-    Where both readings give the same fan-in, it is clear.
+    In `(ones((3, 4)) @ w) @ x.T` the ones may be the inputs of `w`, in `x @ (w @ rotation)` the outputs are
+    rotated. Where both readings give the same fan-in, it is clear.
     """
     reading = _beside_data(step.name, side, other, its)
     if use.how == "unclear":
@@ -189,7 +183,7 @@ def _convolved_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
     shape = shape_of(step.eqn.invars[1])
     groups = step.eqn.params["feature_group_count"] * step.eqn.params["batch_group_count"]
     dims = list(labeled(shape, (IN if dim in contracted else OUT for dim in range(len(shape)))))
-    if groups < shape[out]:
+    if 1 < groups < shape[out]:
         dims[out] = (Piece(groups, BATCH), Piece(shape[out] // groups, OUT))
     return _image_and_kernel(step, uses[0], tuple(dims))
 

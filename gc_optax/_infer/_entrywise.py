@@ -99,14 +99,18 @@ def _entry_by_entry_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
             use = _of_one_operand(step, use, origin, others)
             if use.dims and along:
                 use = use._replace(spread=use.spread.union(*(use.labels(dim) for dim in along)))
-                use = use.relabeled(lambda dim, labels: NONE if dim in along else labels)
+                use = _without_labels(use, along)
             mine.add(use if old == step.new else use.moved_back(sources, old))
         found.append(mine)
     return found
 
 
+def _without_labels(use: Use, dims: Dims) -> Use:
+    return use.relabeled(lambda dim, labels: NONE if dim in dims else labels)
+
+
 def _terms_of_sum(step: Step, uses: Uses) -> Uses:
-    """The uses of a sum of data, with the sum that it is a part of as their row: `x0 * w[0] + x1 * w[1] + b`."""
+    """The uses of a sum of data, with the sum that it is a part of as their row: `x0 * w[0] + x1 * w[1]`."""
     outputs = [use for use in uses if use.how == "output"]
     if sum(bool(origin.varies) for origin in step.ins) < 2 or not outputs:
         return uses
@@ -134,21 +138,21 @@ def _of_one_operand(step: Step, use: Use, origin: Origin, others: list[Origin]) 
 def _of_activation(step: Step, use: Use, origin: Origin, others: list[Origin]) -> Use:
     """The use of one operand, if the result is returned, or an activation."""
     name, result, other = step.name, step.outs[0], Use("other", f"{step.name}: {WHY}")
-    if name == "mul" and origin.has_params and not any(o.has_params for o in others):
-        if kernel := _spelled_out(step, use, origin, others):
-            return kernel
+    is_product = name == "mul" and origin.has_params and not any(o.has_params for o in others)
+    if is_product and (kernel := _spelled_out(step, use, origin, others)):
+        return kernel
     if origin.made == Made.PARAMS and result.made > Made.PARAMS:
         of_dims = [use.labels(dim) for dim in big(step.new) if use.dims]
         is_penalty = bool(of_dims) and all(labels >= TOTAL for labels in of_dims)  # `(w - start) ** 2`
-        is_norm = any(labels >= REDUCED for labels in of_dims)  # the scale of outputs `rsqrt(((w * style) ** 2).sum())`
+        is_norm = any(labels >= REDUCED for labels in of_dims)  # `rsqrt(((w * style) ** 2).sum())`, a scale
         if result.is_either and (is_penalty or is_norm):
             return Use("statistic")
         return _term(step, use, origin, others, other)
     if origin.is_either and origin.mixed == 2 and any(_may_be_scaled(origin, o) for o in others):
         return other
     if name not in LINEAR:
-        lost = use.relabeled(lambda dim, labels: labels & TOTAL | (REDUCED if labels == SUM else labels & REDUCED))
-        return lost._replace(hidden=frozenset())
+        lost = {SUM: REDUCED}
+        return use.relabeled(lambda d, of_one: lost.get(of_one, of_one - SUM))._replace(hidden=frozenset())
     # Only a sum right after a product makes a contraction of it, not that of `x * scale * weight`.
     scaled = union(o.varies for o in others if o.made > Made.FROZEN and name not in SUMS)
     return use.relabeled(lambda dim, labels: labels - SUM if dim in scaled else labels)

@@ -117,15 +117,15 @@ def _traced(of_arrays: Callable[[list[Any]], list[Any]], arrays: list[Any]) -> A
         return jax.make_jaxpr(of_arrays)(arrays)
     except jax.errors.JAXTypeError as error:
         raise TypeError(
-            "infer_axes traces fn on shapes, as jax.jit does, and fn needs the numbers of an array: it calls float() "
-            "or int() on one, or decides by one in `if`. Return arrays as they are, and use jnp.where or lax.cond"
+            "infer_axes traces fn on shapes, as jax.jit does, and fn needs the numbers of an array: it calls "
+            "float() or int() on one, or decides by one in `if`. Return arrays, and use jnp.where or lax.cond"
         ) from error
     except NameError as error:
         if "axis name" not in str(error):
             raise
         raise NameError(
-            f"infer_axes traces fn outside of pmap, vmap and shard_map, and fn uses the name of one of their axes "
-            f"({error}). Give it the loss of one device, without psum or pmean"
+            "infer_axes traces fn outside of pmap, vmap and shard_map, and fn uses the name of one of their "
+            f"axes ({error}). Give it the loss of one device, without psum or pmean"
         ) from error
 
 
@@ -149,8 +149,8 @@ def _verdict(uses: Uses | None, leaf: Any) -> tuple[WeightAxes, bool]:
     if any(use.how in ("kernel", "unclear") and not use.weak for use in judged):
         judged = [use for use in judged if not use.weak]
     kernels, others = ([use for use in judged if use.how == how] for how in ("kernel", "other"))
-    # In the first step of a recurrence `w` meets a state of zeros, which tells nothing. The later steps say how
-    # `w` is used, and their answer stands.
+    # In the first step of a recurrence `w` meets a state of zeros, which tells nothing. The later steps say
+    # how `w` is used, and their answer stands.
     known = {use.fan_in for use in kernels}
     unclear = [use for use in judged if use.how == "unclear" and use.fan_in not in known]
     unclear += [use for use in others if kernels and use.op == LOOP]

@@ -1,4 +1,4 @@
-"""Rules of what moves entries, takes or picks parts, sums over dimensions, and puts arrays in a row or into one another."""
+"""Rules of what moves entries, takes or picks parts, sums over dimensions, and puts arrays in a row."""
 
 import itertools
 import math
@@ -217,7 +217,7 @@ def _picked(eqn: Any, old: Shape, new: Shape) -> tuple[Sources, list[int], Shape
 
 
 def _leaves_nothing_out(eqn: Any, ins: list[Origin]) -> bool:
-    """Whether the indices are known, and every entry along the one dimension that they point into is picked."""
+    """Whether the indices are known, and every entry along the one dimension they point into is picked."""
     if eqn.primitive.name == "dynamic_slice" or ins[1].value is None:
         return False
     old, numbers, sizes = shape_of(eqn.invars[0]), eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
@@ -267,9 +267,8 @@ def _looked_up_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
 
 def _before_lookup(step: Step, use: Use, sources: Sources, pointed: list[int]) -> Use:
     """The use of all entries, with the labels of the indices' dimensions for those that they point into."""
-    along = [
-        piece for pieces, source in zip(use.dims, sources, strict=False) if not source for piece in pieces
-    ]
+    pairs = zip(use.dims, sources, strict=False)
+    along = [piece for pieces, source in pairs if not source for piece in pieces]
     row = along[0].row if len({piece.row for piece in along}) == 1 else 0
     labels, before = NONE.union(*(piece.labels for piece in along)), use.moved_back(sources, step.old)
     dims = enumerate(before.dims)

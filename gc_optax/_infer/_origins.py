@@ -33,8 +33,8 @@ class Origin(NamedTuple):
     made: Made
     # The dimensions along which it is not constant.
     varies: Dims = NO_DIMS
-    # 0 where each entry comes from one entry of each parameter; 1 where it comes from many, as in `a @ b`; 2 where
-    # it is as likely to be an activation, as `closed_over @ w` and `argument + w` are.
+    # 0 where each entry comes from one entry of each parameter; 1 where it comes from many, as in `a @ b`; 2
+    # where it is as likely to be an activation, as `closed_over @ w` and `argument + w` are.
     mixed: int = 0
     # The dimensions along which it is one-hot.
     hot: Dims = NO_DIMS

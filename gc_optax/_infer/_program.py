@@ -18,7 +18,7 @@ def shape_of(atom: Any) -> Shape:
 
 
 def is_kind(atom: Any, kind: Any) -> bool:
-    """Whether its numbers are of a kind: `jnp.inexact`, through which a gradient can come back, or random keys."""
+    """Whether its numbers are of a kind: random keys, or `jnp.inexact`, which gradients come back to."""
     return bool(jnp.issubdtype(getattr(atom.aval, "dtype", jnp.dtype(bool)), kind))
 
 
@@ -33,7 +33,7 @@ def opened(jaxpr: Any) -> Any:
 
 
 def closed_over(jaxpr: Any) -> Iterator[tuple[Any, Any]]:
-    """The variables that stand for arrays of the function's surroundings, and those arrays, if they are there."""
+    """The variables that stand for arrays of the function's surroundings, and those arrays, if known."""
     variables = opened(jaxpr).constvars
     return zip(variables, getattr(jaxpr, "consts", [None] * len(variables)), strict=True)
 
@@ -41,8 +41,8 @@ def closed_over(jaxpr: Any) -> Iterator[tuple[Any, Any]]:
 def bodies_of(eqn: Any) -> list[Any]:
     """The jaxprs that an equation holds, if its arguments and results fit all of them.
 
-    Any primitive may hold one: `jit`, `checkpoint`, `custom_vjp_call`, `shard_map`, and those to come. The first
-    argument of `cond` chooses among its branches.
+    Any primitive may hold one: `jit`, `checkpoint`, `custom_vjp_call`, `shard_map`, and those to come. The
+    first argument of `cond` chooses among its branches.
     """
     if eqn.primitive.name == "cond":
         return list(eqn.params["branches"])
@@ -54,8 +54,8 @@ def bodies_of(eqn: Any) -> list[Any]:
 def loop_of(eqn: Any) -> tuple[Any, int, int, int]:
     """The body of a loop, and how many arguments are not for it, are the same in each round, are carried.
 
-    The condition of `while` is a bool, through which no gradient goes: only its body counts. Versions of JAX name
-    the parameters of `scan` differently; ranks tell the same, as what it goes through has one dimension more.
+    The condition of `while` is a bool, through which no gradient goes: only its body counts. Versions of JAX
+    name the parameters of `scan` differently; ranks tell the same: what it goes through has one more outside.
     """
     if eqn.primitive.name == "while":
         first, fixed = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]

@@ -1,7 +1,8 @@
 """What a primitive does to the origins of its arguments and to the uses of its results, one rule for each.
 
-A primitive is added by the functions that `forwards` and `backwards` decorate or, if it only moves entries, by the one
-that `moves` does. Without any, what becomes of its arguments is unclear, and a warning says so.
+A primitive is added by the functions that `forwards` and `backwards` decorate or, if it only moves entries,
+by the one that `moves` does. Without any, what becomes of its arguments is unclear, and a warning says so. So
+it is where a rule gives a use of another rank than the argument has.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from ._uses import NO_USES, Use, Uses
 class Step(NamedTuple):
     """An equation, what is known of its arguments and results, and its bodies as they were read.
 
-    It has the name of its primitive, and the shapes of its first argument, `old`, and of its first result, `new`.
+    It has the name of its primitive, and the shapes of its first argument (`old`) and result (`new`).
     """
 
     eqn: Any
@@ -54,12 +55,22 @@ BACKWARDS: dict[str, Backward] = {}
 
 def forwards(*names: str) -> Callable[[Forward], Forward]:
     """The function says where a result of these primitives comes from."""
-    return lambda rule: [FORWARDS.setdefault(name, rule) for name in names][0]
+
+    def register(rule: Forward) -> Forward:
+        FORWARDS.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
 
 
 def backwards(*names: str) -> Callable[[Backward], Backward]:
     """The function says how each argument of these primitives is used, if its results are used so."""
-    return lambda rule: [BACKWARDS.setdefault(name, rule) for name in names][0]
+
+    def register(rule: Backward) -> Backward:
+        BACKWARDS.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
 
 
 def moves(*names: str) -> Callable[[Callable[[Any, Shape, Shape], Sources]], None]:
@@ -102,7 +113,7 @@ def unclear(step: Step, uses: Uses, number: int) -> Uses:
         why = f"{step.name}: an operation on it together with the data that infer_axes cannot read"
         return frozenset({Use("unclear", why)})
     lost = Use("unclear", f"{step.name}: what became of it cannot be read")
-    # An activation, a statistic or a bias stays one, whatever it is computed from; a scale may be half a kernel.
+    # An activation, a statistic or a bias is one, whatever it is computed from; a scale may be half a kernel.
     kept = [use.how in ("output", "statistic") or (use.how == "other" and use.op != "mul") for use in uses]
     return frozenset(
         Use(use.how, use.why) if is_kept else lost for use, is_kept in zip(uses, kept, strict=True)

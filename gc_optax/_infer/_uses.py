@@ -1,11 +1,11 @@
 """How an array is used later: what the pass backwards knows of it.
 
-A `Use` has labels for each dimension. For `w` in `x @ w` they are `in` and `out`. What was done to `w` before is undone
-on the labels: for `v` in `x @ v.T` they are `out` and `in`.
+A `Use` has labels for each dimension. For `w` in `x @ w` they are `in` and `out`. What was done to `w` before
+is undone on the labels: for `v` in `x @ v.T` they are `out` and `in`.
 
 A dimension may come from several, so it is a row of pieces, the slowest first, as a reshape has them: in
-`einsum("bi,hid->bhd", x, w.reshape(2, 4, 3))` the first dimension of `w`, of shape (8, 3), has the pieces (2, `out`)
-and (4, `in`). Only a part of it is contracted with the data.
+`einsum("bi,hid->bhd", x, w.reshape(2, 4, 3))` the first dimension of `w`, of shape (8, 3), has the pieces
+(2, `out`) and (4, `in`). Only a part of it is contracted with the data.
 """
 
 import collections
@@ -31,8 +31,8 @@ class Piece(NamedTuple):
 
     size: int
     labels: Labels = NONE
-    # What put it in a row with others, as the `stack` in `x @ jnp.stack([w[0], w[1]])`: only all of them together are
-    # what the labels speak of. 0 if nothing did.
+    # What put it in a row with others, as the `stack` in `x @ jnp.stack([w[0], w[1]])`: only all of them
+    # together are what the labels speak of. 0 if nothing did.
     row: Hashable = 0
 
 
@@ -43,8 +43,8 @@ Window = tuple[tuple[int, int, int], ...]  # dimension, start and stop of what a
 class Use(NamedTuple):
     """One way in which an array is used."""
 
-    # "kernel", contracted with data; "other", certainly no kernel; "term", scales data, and such products are added up;
-    # "statistic", only a scale that is computed from it is used; "unclear"; "output", returned, or an activation.
+    # "kernel", contracted with data; "other", certainly no kernel; "term", scales data, and such products are
+    # added up; "statistic", only a scale computed from it is used; "output", returned or an activation; "unclear".
     how: str
     # For a reader, after the primitive that says so: "add: a bias, a scale or a gate".
     why: str = ""
@@ -52,14 +52,14 @@ class Use(NamedTuple):
     dims: tuple[Dim, ...] = ()
     # The labels of dimensions along which it is repeated, as a scale of what varies there.
     spread: Labels = NONE
-    # Rows (see `Piece`) that it is one piece of, of which it has no dimension, and their labels: for `w[0]` in
+    # The rows (see `Piece`) that it is one piece of, and has no dimension of, and their labels: for `w[0]` in
     # `x @ jnp.stack([w[0], w[1]])` the stack, and `in`.
     hidden: frozenset[tuple[Hashable, Labels]] = frozenset()
     # The part of the array that is used so, if it is only a part.
     window: Window = ()
     # What it is added to: a kernel ("sure"), what may be an activation ("maybe"), or nothing.
     base: str = ""
-    # Whether only a scale of a whole kernel is computed in this way, as a spectral norm is: other uses count more.
+    # Whether only a scale of a whole kernel is computed so, as a spectral norm is: other uses count more.
     weak: bool = False
 
     @property
@@ -103,7 +103,7 @@ class Use(NamedTuple):
         )
 
     def moved_back(self, sources: Sources, old: Shape) -> "Use":
-        """The use of an array, from the use of its entries at other places, of which there may be more or fewer."""
+        """The use of an array, from the use of its entries at other places, maybe of fewer."""
         if not self.dims:
             return self
         dims: list[Dim] = [(Piece(size),) for size in old]
@@ -137,7 +137,7 @@ class Use(NamedTuple):
         return self._replace(dims=tuple(_resized(*dim, row) for dim in zip(self.dims, shape, strict=True)))
 
     def cut_back(self, cut: Sequence[int], old: Shape, label: Labels = BATCH) -> "Use":
-        """The use of an array, from the use of a part of it along some dimensions, nobody knows which part."""
+        """The use of an array, from the use of a part of it along some dimensions, unknown which."""
         if not self.dims:
             return self
         whole, is_piece = self.resized(old), any(labels >= IN for _, labels in self.hidden)
@@ -175,8 +175,8 @@ def listed(axes: Sequence[int]) -> str:
 def cut_anew(row: Iterable[Piece], sizes: Sequence[int]) -> list[Dim]:
     """Cuts a row of pieces into dimensions of other sizes.
 
-    Where the cuts do not fall between pieces or divide them, as from (4, 6) to (3, 8), labels can no longer be told
-    apart, and each dimension from there on has those of all.
+    Where the cuts do not fall between pieces or divide them, as from (4, 6) to (3, 8), labels can no longer be
+    told apart, and each dimension from there on has those of all.
     """
     runs = itertools.groupby((piece for piece in row if piece.size != 1), lambda piece: piece[1:])
     rest = [Piece(math.prod(piece.size for piece in run), *alike) for alike, run in runs][::-1]
@@ -214,7 +214,7 @@ def _resized(pieces: Dim, size: int, row: Hashable) -> Dim:
 def put_together(uses: Iterable[Use], shape: Shape) -> Uses:
     """The uses of an array, from those of its parts.
 
-    In `x @ jnp.stack([w[0], w[1], w[2]])` each row of `w` is a piece of the same row, and together they are all of
+    In `x @ jnp.stack([w[0], w[1], w[2]])` each `w[k]` is a piece of the same row, and together they are all of
     `w`: dimension 0 is contracted. In `x @ w[:4] + z @ w[4:]` only a part of it is, each time.
     """
     parts = collections.defaultdict[tuple[Use, tuple[int, ...]], set[Window]](set)

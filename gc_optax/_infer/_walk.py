@@ -68,7 +68,9 @@ def _results(eqn: Any, ins: list[Origin], own: bool, alone: bool) -> tuple[list[
 
 def _is_each_by_itself(eqn: Any) -> bool:
     """Whether every result is an argument, of the same shape, in the same place."""
-    return eqn.primitive.name in EACH_BY_ITSELF and [*map(shape_of, eqn.invars)] == [*map(shape_of, eqn.outvars)]
+    return eqn.primitive.name in EACH_BY_ITSELF and [*map(shape_of, eqn.invars)] == [
+        *map(shape_of, eqn.outvars)
+    ]
 
 
 def settled(origin: Origin, var: Any, name: str, own: bool, alone: bool) -> Origin:
