@@ -44,8 +44,10 @@ def _iota(eqn: Any, ins: list[Origin], var: Any) -> Origin:
 @forwards(*ENTRY_BY_ENTRY)
 def _entry_by_entry(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     name, kernels = eqn.primitive.name, [origin for origin in ins if origin.has_params]
-    owned = union(origin.varies - origin.along for origin in kernels)
-    data = [o for o in ins if (o.is_array or o.made == Made.DATA) and not _is_constant(name, o, owned)]
+    owned, whole = union(o.varies - o.along for o in kernels), union(o.varies for o in kernels)
+    data = [
+        o for o in ins if (o.is_array or o.made == Made.DATA) and not _is_constant(name, o, (owned, whole))
+    ]
     made, mixed = max(origin.made for origin in kernels or ins), max((k.mixed for k in kernels), default=0)
     if kernels and data:
         made = either(ins) if _may_be_kernel(name, ins, data, owned, big(shape_of(var))) else Made.DATA
@@ -62,9 +64,9 @@ def _entry_by_entry(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     )
 
 
-def _is_constant(name: str, origin: Origin, owned: Dims) -> bool:
+def _is_constant(name: str, origin: Origin, extents: tuple[Dims, ...]) -> bool:
     """Whether data beside a kernel are a number or a mask that the function closes over."""
-    is_mask = name in ("mul", "select_n") and origin.varies == owned and len(owned) > 1
+    is_mask = name in ("mul", "select_n") and origin.varies in extents and len(origin.varies) > 1
     return origin.made == Made.CLOSED and (is_mask or not origin.varies)
 
 
@@ -114,7 +116,8 @@ def _terms_of_sum(step: Step, uses: Uses) -> Uses:
     outputs = [use for use in uses if use.how == "output"]
     if sum(bool(origin.varies) for origin in step.ins) < 2 or not outputs:
         return uses
-    row = outputs[0].hidden if len(outputs) == 1 and outputs[0].hidden else frozenset({(id(step), NONE)})
+    rows = {use.hidden for use in outputs}
+    row = rows.pop() if len(rows) == 1 and outputs[0].hidden else frozenset({(id(step), NONE)})
     return uses.difference(outputs).union(use._replace(hidden=row) for use in outputs)
 
 
@@ -138,8 +141,14 @@ def _of_one_operand(step: Step, use: Use, origin: Origin, others: list[Origin]) 
 def _of_activation(step: Step, use: Use, origin: Origin, others: list[Origin]) -> Use:
     """The use of one operand, if the result is returned, or an activation."""
     name, result, other = step.name, step.outs[0], Use("other", f"{step.name}: {WHY}")
-    is_product = name == "mul" and origin.has_params and not any(o.has_params for o in others)
-    if is_product and (kernel := _spelled_out(step, use, origin, others)):
+    # In `h * w` with `h = closed_over @ v` the other side may be a kernel, but more likely is an activation.
+    is_data = all(not o.has_params or o.mixed == 2 != origin.mixed for o in others)
+    if (
+        name == "mul"
+        and origin.has_params
+        and is_data
+        and (kernel := _spelled_out(step, use, origin, others))
+    ):
         return kernel
     if origin.made == Made.PARAMS and result.made > Made.PARAMS:
         of_dims = [use.labels(dim) for dim in big(step.new) if use.dims]
@@ -148,7 +157,7 @@ def _of_activation(step: Step, use: Use, origin: Origin, others: list[Origin]) -
         if result.is_either and (is_penalty or is_norm):
             return Use("statistic")
         return _term(step, use, origin, others, other)
-    if origin.is_either and origin.mixed == 2 and any(_may_be_scaled(origin, o) for o in others):
+    if origin.is_either and origin.mixed == 2 and any(_may_be_scaled(origin, o, result) for o in others):
         return other
     if name not in LINEAR:
         lost = {SUM: REDUCED}
@@ -158,10 +167,11 @@ def _of_activation(step: Step, use: Use, origin: Origin, others: list[Origin]) -
     return use.relabeled(lambda dim, labels: labels - SUM if dim in scaled else labels)
 
 
-def _may_be_scaled(origin: Origin, other: Origin) -> bool:
+def _may_be_scaled(origin: Origin, other: Origin, result: Origin) -> bool:
     """Whether `other` may be data that parameters scale, as `x` in `x * (w @ rotation)[0]`."""
-    is_array_of_more = other.made == Made.RAW and not other.varies <= origin.varies
-    return other.made == Made.DATA or is_array_of_more or (other.is_either and other.made != origin.made)
+    is_of_same_extent = other.varies == origin.varies and result.made == Made.DATA
+    is_argument = other.made == Made.RAW and (is_of_same_extent or not other.varies <= origin.varies)
+    return other.made == Made.DATA or is_argument or (other.is_either and other.made != origin.made)
 
 
 def _spelled_out(step: Step, use: Use, origin: Origin, others: list[Origin]) -> Use | None:

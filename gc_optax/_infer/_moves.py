@@ -153,8 +153,8 @@ WRITES = (
 
 @forwards("concatenate", "stack", "pad", *WRITES)
 def _beside(eqn: Any, ins: list[Origin], var: Any) -> Origin:
-    source = ins[0].source if eqn.primitive.name == "pad" else 0
-    return join_all(ins)._replace(varies=big(shape_of(var)), hot=NO_DIMS, along=NO_DIMS, source=source)
+    whole = join_all(ins[:1] if eqn.primitive.name == "pad" else ins)
+    return whole._replace(varies=big(shape_of(var)), hot=NO_DIMS, along=NO_DIMS, value=None)
 
 
 @backwards("concatenate")

@@ -44,7 +44,7 @@ class Use(NamedTuple):
     """One way in which an array is used."""
 
     # "kernel", contracted with data; "other", certainly no kernel; "term", scales data, and such products are
-    # added up; "statistic", only a scale computed from it is used; "output", returned or an activation; "unclear".
+    # added up; "statistic", only a scale of it is used; "output", returned or an activation; "unclear".
     how: str
     # For a reader, after the primitive that says so: "add: a bias, a scale or a gate".
     why: str = ""
@@ -175,8 +175,8 @@ def listed(axes: Sequence[int]) -> str:
 def cut_anew(row: Iterable[Piece], sizes: Sequence[int]) -> list[Dim]:
     """Cuts a row of pieces into dimensions of other sizes.
 
-    Where the cuts do not fall between pieces or divide them, as from (4, 6) to (3, 8), labels can no longer be
-    told apart, and each dimension from there on has those of all.
+    Where the cuts do not fall between pieces or divide them, as from (4, 6) to (3, 8), labels can no longer
+    be told apart, and each dimension from there on has those of all.
     """
     runs = itertools.groupby((piece for piece in row if piece.size != 1), lambda piece: piece[1:])
     rest = [Piece(math.prod(piece.size for piece in run), *alike) for alike, run in runs][::-1]
@@ -214,7 +214,7 @@ def _resized(pieces: Dim, size: int, row: Hashable) -> Dim:
 def put_together(uses: Iterable[Use], shape: Shape) -> Uses:
     """The uses of an array, from those of its parts.
 
-    In `x @ jnp.stack([w[0], w[1], w[2]])` each `w[k]` is a piece of the same row, and together they are all of
+    In `x @ jnp.stack([w[0], w[1], w[2]])` each `w[k]` is a piece of one row, and together they are all of
     `w`: dimension 0 is contracted. In `x @ w[:4] + z @ w[4:]` only a part of it is, each time.
     """
     parts = collections.defaultdict[tuple[Use, tuple[int, ...]], set[Window]](set)
