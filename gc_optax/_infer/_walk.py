@@ -57,10 +57,12 @@ def _results(eqn: Any, ins: list[Origin], own: bool, alone: bool) -> tuple[list[
     if name in LOOPS:
         return _loop(eqn, ins, own, alone)
     if bodies := bodies_of(eqn):
-        tapes = [
-            read(body, ins[name == "cond" :], own or name.startswith("custom_"), alone) for body in bodies
-        ]
-        return [join_all(each) for each in zip(*(tape.outs for tape in tapes), strict=True)], tapes
+        own = own or name.startswith("custom_")
+        tapes = [read(body, ins[name == "cond" :], own, alone) for body in bodies]
+        outs = [join_all(each) for each in zip(*(tape.outs for tape in tapes), strict=True)]
+        # Another call of the same function has the same body, but computes other arrays.
+        given = {origin.source for origin in ins}
+        return [out if out.source in given else out._replace(source=0) for out in outs], tapes
     if _is_each_by_itself(eqn):
         return ins, []
     return [origin_of_result(eqn, ins, var) for var in eqn.outvars], []
@@ -68,9 +70,8 @@ def _results(eqn: Any, ins: list[Origin], own: bool, alone: bool) -> tuple[list[
 
 def _is_each_by_itself(eqn: Any) -> bool:
     """Whether every result is an argument, of the same shape, in the same place."""
-    return eqn.primitive.name in EACH_BY_ITSELF and [*map(shape_of, eqn.invars)] == [
-        *map(shape_of, eqn.outvars)
-    ]
+    shapes = [[shape_of(atom) for atom in atoms] for atoms in (eqn.invars, eqn.outvars)]
+    return eqn.primitive.name in EACH_BY_ITSELF and shapes[0] == shapes[1]
 
 
 def settled(origin: Origin, var: Any, name: str, own: bool, alone: bool) -> Origin:
