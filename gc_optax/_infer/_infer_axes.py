@@ -19,26 +19,28 @@ from ._walk import LOOP, read, read_back, settled
 def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
     r"""The fan-in of every parameter, read off what a model computes.
 
-    In \(y = \sum_i x_i w_{io}\) the axis \(i\) of \(w\), which is summed over together with an axis of
-    the data, is the fan-in. `fn` is traced on shapes alone, and every parameter is followed through the
-    computation, whatever is done to it on the way (casts, transposes, reshapes, slices, masks,
+    In \(y = \sum_i x_i w_{io}\) the axis \(i\) of \(w\), which is summed over together with an axis of the
+    data, is the fan-in. `fn` is traced on shapes alone, and every parameter is followed through the
+    computation, whatever is done to it on the way (casts, reshapes, slices that are stacked again, masks,
     normalization, the loops over a stack of layers), to the operation in which it meets the data:
 
-    - `dot_general`, `conv_general_dilated` and `ragged_dot_general` sum over its fan-in;
-    - a lookup by indices that depend on the data, or a product with a one-hot array, makes it a table,
-      unless what is picked is a matrix that is contracted next, that of an expert;
+    - a product that sums (`dot_general`, `conv_general_dilated`, `ragged_dot_general`, a product entry by
+      entry and a sum) sums over its fan-in;
+    - a lookup by indices that depend on the data, or a product with a one-hot array, makes it a table, unless
+      what is picked is a matrix that is contracted next, that of an expert;
     - an operation entry by entry makes it a bias, a scale or a gate.
 
-    Only the first is centralized. A parameter with several uses has the fan-in that all of them say;
-    where they differ (embeddings that are tied to the output layer) it is left alone. It is left alone,
-    with a warning, where the computation cannot be read with certainty. The `why` of each `WeightAxes`
-    says which it was.
+    Only the first is centralized. A parameter with several uses has the fan-in that all of them say; where
+    they differ (embeddings that are tied to the output layer) it is left alone. It is left alone, with a
+    warning, where the computation cannot be read with certainty. The `why` of each `WeightAxes` says which it
+    was.
 
-    Only what the gradient goes through counts as a use. Arrays that `fn` closes over count as data, and
-    where there are none at all, so do the arrays that it makes itself. A weight that is contracted with
-    data twice in a row, as in \(x^\top W y\), counts by the first contraction. If `fn` differentiates the
-    model itself (a gradient penalty, an inner loop), give the forward pass of the model instead of the
-    loss: the backward pass contracts each weight over its fan-out.
+    Only what the gradient goes through counts as a use. Arrays that `fn` closes over may be data or
+    constants: as far as that matters and cannot be told, a warning says so, so give the batch as an argument.
+    A weight that is contracted with data twice in a row, as in \(x^\top W y\), counts by the first
+    contraction. If `fn` differentiates the model itself (a gradient penalty, an inner loop), give the forward
+    pass of the model: the backward pass contracts each weight over its fan-out. `docs/inference.md` has more
+    of what cannot be told (Pallas kernels, attention pooling, interpolated tables), and what to do then.
 
     Args:
         fn: any function of the parameters, a loss or a forward pass, which returns any tree with arrays.
@@ -52,7 +54,9 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
         A tree with the structure of `params` and a `WeightAxes` at each leaf.
 
     Raises:
-        TypeError: if `fn` is not callable or returns no array; and whatever `fn` raises when it is traced.
+        TypeError: if `fn` is not callable, returns no array, or needs the numbers of an array, which JAX
+            cannot trace; and whatever `fn` raises when it is traced.
+        NameError: if `fn` uses the name of a mesh axis or of a `pmap`, as `jax.lax.pmean` does.
 
     Example:
         >>> import jax
