@@ -183,7 +183,7 @@ def _warn_of_unclear_uses(places: Sequence[Any], verdicts: Sequence[tuple[Weight
             "infer_axes leaves these parameters alone, because it cannot read with certainty what the "
             "computation does with them:\n" + "\n".join(lines) + "\n"
             "To centralize one of them, replace its leaf in the tree by axes of your own, or, if it is "
-            "multiplied by an array that the function closes over, pass the array as an argument.",
+            "multiplied by a batch that the function closes over, pass the batch as an argument.",
             UserWarning,
             stacklevel=stacklevel_of_the_user(),
         )

@@ -1,6 +1,7 @@
 """The program that JAX traces: all that depends on how JAX writes a jaxpr down, and on its version."""
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -60,15 +61,14 @@ def loop_of(eqn: Any) -> tuple[Any, int, int, int]:
     if eqn.primitive.name == "while":
         first, fixed = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         return eqn.params["body_jaxpr"], first, fixed, len(eqn.outvars)
-    ranks = zip(_ranks(eqn), _ranks(opened(eqn.params["jaxpr"])), strict=True)
-    is_looped = [outer > inner for outer, inner in ranks]
-    looped, stacked = sum(is_looped[: len(eqn.invars)]), sum(is_looped[len(eqn.invars) :])
+    both = zip(_ranks(eqn), _ranks(opened(eqn.params["jaxpr"])), strict=True)
+    looped, stacked = (sum(map(operator.gt, outer, inner)) for outer, inner in both)
     carried = len(eqn.outvars) - stacked
     return eqn.params["jaxpr"], 0, len(eqn.invars) - looped - carried, carried
 
 
-def _ranks(holder: Any) -> list[int]:
-    return [len(shape_of(atom)) for atom in (*holder.invars, *holder.outvars)]
+def _ranks(holder: Any) -> list[list[int]]:
+    return [[len(shape_of(atom)) for atom in atoms] for atoms in (holder.invars, holder.outvars)]
 
 
 # Indices that are known: `w[np.array([1, 0, 2])]`, `w[2 - jnp.arange(3)]`.
