@@ -75,7 +75,9 @@ def _may_be_kernel(name: str, ins: list[Origin], data: list[Origin], owned: Dims
     if name == "select_n" and all(origin.made < Made.CLOSED or origin.has_params for origin in ins[1:]):
         return True
     scales = name == "mul" or (name == "div" and ins[0].has_params)
-    is_of_same_extent = len(owned) == len(whole) > 1 and name in (*LINEAR, "max", "min", "clamp")
+    is_linear = name in (*LINEAR, "max", "min", "clamp")
+    is_noise = name in SUMS and all(o.made == Made.CLOSED for o in data)  # beside a matrix of one row, too
+    is_of_same_extent = len(owned) == len(whole) and is_linear and (len(whole) > 1 or is_noise)
     return all((scales and owned - o.varies) or (is_of_same_extent and o.is_array) for o in data)
 
 
@@ -162,6 +164,8 @@ def _of_activation(step: Step, use: Use, origin: Origin, others: list[Origin]) -
     if name not in LINEAR:
         lost = {SUM: REDUCED}
         return use.relabeled(lambda d, of_one: lost.get(of_one, of_one - SUM))._replace(hidden=frozenset())
+    if origin.is_either and result.made == Made.DATA:  # no penalty on parameters, but a part of activations
+        use = use.relabeled(lambda dim, labels: labels - TOTAL - REDUCED)
     # Only a sum right after a product makes a contraction of it, not that of `x * scale * weight`.
     scaled = union(o.varies for o in others if o.made > Made.FROZEN and name not in SUMS)
     return use.relabeled(lambda dim, labels: labels - SUM if dim in scaled else labels)

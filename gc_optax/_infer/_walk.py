@@ -103,7 +103,7 @@ def _loop(eqn: Any, ins: list[Origin], own: bool, alone: bool) -> tuple[list[Ori
         carry = joined
     for origin, var in zip(tape.outs[carried:], eqn.outvars[carried:], strict=True):
         stacked = origin.moved([[], *([dim] for dim in range(len(shape_of(var)) - 1))])
-        joined.append(stacked._replace(varies=stacked.varies | {0}, source=0))
+        joined.append(stacked._replace(varies=(stacked.varies | {0}) & big(shape_of(var)), source=0))
     return joined, [tape]
 
 
