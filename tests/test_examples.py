@@ -108,22 +108,36 @@ def test_frozen_head_shows_a_head_that_only_optax_freezes(monkeypatch, capsys, t
     assert (tmp_path / "runs.json").read_text().count("head_moved") == 6
 
 
-def test_trace_measures_unrolled_and_scanned_models(tmp_path):
+def test_trace_measures_unrolled_scanned_and_narrow_models(tmp_path):
     numbers, picture = tmp_path / "runs.json", tmp_path / "trace.png"
     # It starts processes of its own, which have to find it as the main module.
-    arguments = ["--layers", "1", "2", "--repeats", "1", "--json", str(numbers), "--plot", str(picture)]
-    printed = subprocess.run([sys.executable, TRACE, *arguments], check=True, capture_output=True, text=True)
-    assert len(re.findall(r"unrolled +[12] +0\.\d+ B +\d+ +[\d.]+ s +[\d.]+ s", printed.stdout)) == 2
-    assert "to the power of" in printed.stdout
+    arguments = ["--layers", "1", "2", "--equations", "200", "300", "--repeats", "2"]
+    command = [sys.executable, TRACE, *arguments, "--json", numbers, "--plot", picture]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert (
+        len(re.findall(r"unrolled +[12] +0\.\d+ B +\d+( +[\d.]+ s){3} +[\d.]+ +\d+ µs +\d+ MB", printed)) == 2
+    )
+    assert len(re.findall(r"narrow: .* the power of -?[\d.]+, reading alone to the power of", printed)) == 1
     runs = json.loads(numbers.read_text())
-    assert [(run["layers"], run["scanned"]) for run in runs] == [(1, False), (2, False), (2, True)]
+    of_each = [(run["layers"], run["blocks"]) for run in runs]
+    kinds = ["unrolled", "unrolled", "scanned", "narrow", "narrow"]
+    assert of_each == list(zip([1, 2, 2, 2, 4], kinds, strict=True))
     assert runs[0]["equations"] < runs[1]["equations"]
     assert runs[1]["parameters"] == runs[2]["parameters"]
+    assert 200 <= runs[3]["equations"] < 300 <= runs[4]["equations"] < 400, "as many as were asked for"
+    for run in runs:
+        pairs = zip(run["seconds"], run["seconds_tracing"], strict=True)
+        assert [0 < tracing < seconds for seconds, tracing in pairs] == [True, True]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_trace_refuses_nonsense():
-    for arguments in (["--layers", "0"], ["--repeats", "0"], ["--plot", "no/such/folder.png"]):
+    for arguments in (
+        ["--layers", "0"],
+        ["--equations", "0"],
+        ["--repeats", "0"],
+        ["--plot", "no/such/folder.png"],
+    ):
         refused = subprocess.run([sys.executable, TRACE, *arguments], capture_output=True, text=True)
         assert refused.returncode == 2
         assert re.search(r"error: argument", refused.stderr)
