@@ -1,5 +1,6 @@
 """Products that sum over dimensions: where a weight meets the data, and products of parameters."""
 
+import functools
 import string
 from typing import NamedTuple
 
@@ -265,6 +266,152 @@ PRODUCTS = [
 @pytest.mark.parametrize("case", PRODUCTS, ids=named)
 def test_products_of_parameters(case):
     check(case)
+
+
+# Networks that make kernels, and scales of kernels.
+
+
+def spectral_norm_with_its_gradient(w, u, x):
+    v = u @ w.T
+    v = v / jnp.linalg.norm(v)
+    u = v @ w
+    u = u / jnp.linalg.norm(u)
+    return x @ (w / (v @ w @ u.T)[0, 0])
+
+
+code = f32(5)
+HYPER = [
+    Case("spectral norm with its gradient", spectral_norm_with_its_gradient, dense, (f32(1, 6), x), (0,)),
+    Case(
+        "spectral norm with its gradient, from a constant",
+        lambda w, x: spectral_norm_with_its_gradient(w, jnp.ones((1, 6)), x),
+        dense,
+        (x,),
+        (0,),
+    ),
+    Case("divided by its norm afterwards", lambda w, x: (x @ w) / jnp.linalg.norm(w), dense, (x,), (0,)),
+    Case(
+        "a scale of a kernel",
+        lambda p, z, x: x @ (p["w"] * jnp.tanh(z @ p["h"])),
+        {"w": dense, "h": f32(5)},
+        (code, x),
+        {"w": (0,), "h": (0,)},
+    ),
+    Case(
+        "an average scale of a kernel",
+        lambda p, z, x: x @ (p["w"] * (z @ p["h"]).mean()),
+        {"w": dense, "h": f32(5, 7)},
+        (f32(3, 5), x),
+        {"w": (0,), "h": (0,)},
+    ),
+    Case(
+        "a scale of each output",
+        lambda p, z, x: x @ (p["w"] * jax.nn.sigmoid(z @ p["h"])),
+        {"w": dense, "h": f32(5, 6)},
+        (code, x),
+        {"w": (0,), "h": (0,)},
+    ),
+    Case(
+        "a scale of each input",
+        lambda p, z, x: x @ (p["w"] * jax.nn.sigmoid(z @ p["h"])[:, None]),
+        {"w": dense, "h": f32(5, 4)},
+        (code, x),
+        {"w": (0,), "h": (0,)},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", HYPER, ids=named)
+def test_a_scale_that_a_network_computes_keeps_the_axes_of_both(case):
+    check(case)
+
+
+# Matrices that the function closes over: rotations, or batches.
+
+# Matrices.
+rotation = np.random.default_rng(0).normal(size=(6, 6)).astype(np.float32)
+turn = rotation[:4, :4]
+TOLD_APART = "cannot be told"
+ROTATED = [
+    Case("outputs", lambda w, x: x @ (w @ rotation), dense, (x,), ALONE, TOLD_APART),
+    Case("outputs, masked", lambda w, x: x @ ((w * MASK) @ rotation), dense, (x,), ALONE, TOLD_APART),
+    Case(
+        "outputs, masked by an argument",
+        lambda w, m, x: x @ ((w * m) @ rotation),
+        dense,
+        (f32(4, 6), x),
+        ALONE,
+        TOLD_APART,
+    ),
+    Case("inputs and outputs", lambda w, x: x @ (turn @ w @ rotation), dense, (x,), ALONE, TOLD_APART),
+    Case("inputs, transposed", lambda w, x: x @ (rotation @ w).T, f32(6, 4), (x,), ALONE, TOLD_APART),
+    Case(
+        "outputs, after positions",
+        lambda p, x: (x + p["p"]) @ (p["w"] @ rotation),
+        {"w": dense, "p": f32(3, 4)},
+        (x,),
+        {"w": ALONE, "p": ALONE},
+        "which side of it is the kernel",
+    ),
+    Case("gates", lambda w, x: x * (w @ turn)[1], f32(2, 4), (x,), ALONE, "only constants are contracted"),
+    Case(
+        "gates, in tanh",
+        lambda w, x: x * jnp.tanh(w @ turn)[1],
+        f32(2, 4),
+        (x,),
+        ALONE,
+        "only constants are contracted",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", ROTATED, ids=named)
+def test_what_a_closed_over_matrix_rotates_is_left_alone_with_a_warning(case):
+    check(case)
+
+
+def test_what_a_closed_over_matrix_does_to_the_inputs_changes_nothing():
+    assert fan_in_of(lambda w, x: x @ (turn @ w), dense, x) == (0,)
+
+
+# The other axes.
+
+
+WHOLE = [
+    ("conv", conv, (3, 3, 4, 8), (2, 8, 8, 4), (0, 1, 2), (3,)),
+    ("grouped", functools.partial(conv, feature_group_count=2), (3, 3, 2, 8), (2, 8, 8, 4), (0, 1, 2), (3,)),
+    (
+        "batch grouped",
+        functools.partial(conv, batch_group_count=2),
+        (3, 3, 4, 8),
+        (2, 8, 8, 4),
+        (0, 1, 2),
+        (3,),
+    ),
+    ("vmap", jax.vmap(conv), (7, 3, 3, 4, 8), (7, 2, 8, 8, 4), (1, 2, 3), (4,)),
+    ("vmap of the data", jax.vmap(conv, (0, None)), (3, 3, 4, 8), (7, 2, 8, 8, 4), (0, 1, 2), (3,)),
+    ("vmap of the kernels", jax.vmap(conv, (None, 0)), (7, 3, 3, 4, 8), (2, 8, 8, 4), (1, 2, 3), (0, 4)),
+    ("vmap of the last axis", jax.vmap(conv, (0, 4)), (3, 3, 4, 8, 7), (7, 2, 8, 8, 4), (0, 1, 2), (3,)),
+    ("vmap of vmap", jax.vmap(jax.vmap(conv)), (2, 7, 3, 3, 4, 8), (2, 7, 2, 8, 8, 4), (2, 3, 4), (5,)),
+    (
+        "vmap, grouped",
+        jax.vmap(functools.partial(conv, feature_group_count=2)),
+        (7, 3, 3, 2, 8),
+        (7, 2, 8, 8, 4),
+        (1, 2, 3),
+        (4,),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("fn", "kernel", "image", "fan_in", "fan_out"),
+    [case[1:] for case in WHOLE],
+    ids=[case[0] for case in WHOLE],
+)
+def test_fan_in_and_fan_out_of_convolutions(fn, kernel, image, fan_in, fan_out):
+    axes = infer_axes(lambda w, x: fn(x, w), f32(*kernel), f32(*image))
+    assert (axes.fan_in, axes.fan_out) == (fan_in, fan_out)
 
 
 def test_batch_axes_are_neither_fan_in_nor_fan_out():

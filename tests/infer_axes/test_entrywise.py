@@ -230,3 +230,78 @@ CANDIDATES = [
 @pytest.mark.parametrize("case", CANDIDATES, ids=named)
 def test_what_the_data_scales_or_masks(case):
     check(case)
+
+
+# Products entry by entry that are added up make a contraction.
+
+taps, channels = f32(3, 5), f32(2, 9, 5)
+
+
+def causal_taps(w, x):
+    """A depthwise convolution of what came before."""
+    before = jnp.pad(x, ((0, 0), (2, 0), (0, 0)))
+    return sum(before[:, tap : tap + 9] * w[tap] for tap in range(3))
+
+
+SUMMED = [
+    Case("a state", lambda w, s: jnp.sum(s * w, 1), f32(4, 5), (f32(3, 4, 5),), (0,)),
+    Case("a state, averaged", lambda w, s: (s * w).mean(1), f32(4, 5), (f32(3, 4, 5),), (0,)),
+    Case("patches", lambda w, s: (s * w).sum((1, 2)), f32(2, 2, 5), (f32(3, 2, 2, 5),), (0, 1)),
+    Case(
+        "patches, to outputs",
+        lambda w, s: (s[..., None] * w).sum((1, 2, 3)),
+        f32(2, 2, 5, 6),
+        (f32(3, 2, 2, 5),),
+        (0, 1, 2),
+    ),
+    Case(
+        "columns times rows", lambda w, x: sum(x[:, k, None] * w[k] for k in range(4)), f32(4, 5), (x,), (0,)
+    ),
+    Case("taps", lambda w, x: sum(x[:, tap : tap + 7] * w[tap] for tap in range(3)), taps, (channels,), (0,)),
+    Case("taps of what came before", causal_taps, taps, (channels,), (0,)),
+    Case(
+        "taps and a bias",
+        lambda p, x: causal_taps(p["w"], x) + p["b"],
+        {"w": taps, "b": f32(5)},
+        (channels,),
+        {"w": (0,), "b": ALONE},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", SUMMED, ids=named)
+def test_products_that_are_added_up_are_a_contraction(case):
+    check(case)
+
+
+GATES = [
+    Case("of two branches", lambda g, a, b: a * g[0] + b * g[1], f32(2, 4), (x, x), ALONE),
+    Case("of two branches, one number each", lambda g, a, b: a * g[0] + b * g[1], f32(2), (x, x), ALONE),
+    Case("of two branches, in a loss", lambda g, a, b: (a * g[0] + b * g[1]).sum(), f32(2, 4), (x, x), ALONE),
+    Case(
+        "of an array and of what is computed of it",
+        lambda g, a: a * g[0] + jnp.tanh(a) * g[1],
+        f32(2, 4),
+        (x,),
+        ALONE,
+    ),
+    Case(
+        "of which one is not used",
+        lambda g, x: sum(x[:, k, None] * g[k] for k in range(3)),
+        f32(4, 5),
+        (x,),
+        ALONE,
+    ),
+    Case(
+        "of two sums",
+        lambda g, x: jnp.tanh(x[:, :1] * g[0] + x[:, 1:2] * g[1]) + x[:, 2:3] * g[2] + x[:, 3:] * g[3],
+        dense,
+        (x,),
+        ALONE,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", GATES, ids=named)
+def test_gates_in_one_array_are_no_kernel(case):
+    check(case)
