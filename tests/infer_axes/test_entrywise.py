@@ -258,6 +258,13 @@ SUMMED = [
         "columns times rows", lambda w, x: sum(x[:, k, None] * w[k] for k in range(4)), f32(4, 5), (x,), (0,)
     ),
     Case("taps", lambda w, x: sum(x[:, tap : tap + 7] * w[tap] for tap in range(3)), taps, (channels,), (0,)),
+    Case(
+        "rolled taps",
+        lambda w, x: sum(jnp.roll(x, tap, 1) * w[tap] for tap in range(3)),
+        taps,
+        (channels,),
+        (0,),
+    ),
     Case("taps of what came before", causal_taps, taps, (channels,), (0,)),
     Case(
         "taps and a bias",
