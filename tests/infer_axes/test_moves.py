@@ -184,7 +184,13 @@ RESTACKED = [
         (pairs,),
         (0,),
     ),
-    Case("sums of rows", lambda w, x: x @ jnp.stack([w[k] + w[k - 1] for k in range(4)]), dense, (x,), (0,)),
+    Case(
+        "sums of rows",
+        lambda w, x: x @ jnp.stack([w[k] + w[(k + 1) % 4] for k in range(4)]),
+        dense,
+        (x,),
+        (0,),
+    ),
 ]
 
 
