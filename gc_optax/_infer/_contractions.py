@@ -78,7 +78,7 @@ def _dot_general(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     varies = frozenset(to for origin, dim, to in places if dim in origin.varies)
     result = _product(eqn, ins, var)._replace(varies=varies)
     for side, mine, other, its in ((a, ins[0], b, ins[1]), (b, ins[1], a, ins[0])):
-        if mine.has_params and its.made >= Made.CLOSED and other.picks(its):
+        if mine.has_params and its.made >= Made.FIXED and other.picks(its):
             is_matrix = len(side.places) - len(set(side.places.values()) & set(other.places.values())) > 1
             return result._replace(made=either(ins) if is_matrix else Made.DATA, mixed=0)
     return result._replace(hot=frozenset(to for o, dim, to in places if dim in o.hot and not a.contracted))
@@ -201,7 +201,7 @@ def _image_and_kernel(step: Step, uses: Uses, dims: tuple[Dim, ...]) -> list[Ite
     """The uses of both sides of a product whose second side is the kernel, if any is."""
     image, kernel, op = step.ins[0], step.ins[1], step.name
     of_image, of_kernel = OUTPUT, Use("kernel", op, dims)
-    if image.made < Made.CLOSED:
+    if image.made < Made.FIXED:
         why = UNKNOWN_PRODUCT if image.made == Made.PARAMS else "only constants are contracted with it"
         of_kernel = of_kernel._replace(how="unclear", why=f"{op}: {why}")
     if image.made == Made.PARAMS:

@@ -66,18 +66,19 @@ def _entry_by_entry(eqn: Any, ins: list[Origin], var: Any) -> Origin:
 
 def _is_constant(name: str, origin: Origin, extents: tuple[Dims, ...]) -> bool:
     """Whether data beside a kernel are a number or a mask that the function closes over."""
-    is_mask = name in ("mul", "select_n") and origin.varies in extents and len(origin.varies) > 1
-    return origin.made == Made.CLOSED and (is_mask or not origin.varies)
+    is_fixed, is_of_same_extent = origin.made == Made.FIXED, origin.varies in extents
+    is_mask = name in ("mul", "select_n") and is_of_same_extent and (is_fixed or len(origin.varies) > 1)
+    is_noise = name in SUMS and is_of_same_extent and is_fixed
+    return (is_fixed or origin.made == Made.CLOSED) and (is_mask or is_noise or not origin.varies)
 
 
 def _may_be_kernel(name: str, ins: list[Origin], data: list[Origin], owned: Dims, whole: Dims) -> bool:
     """Whether parameters that are scaled, masked or corrected by data may be a kernel still."""
-    if name == "select_n" and all(origin.made < Made.CLOSED or origin.has_params for origin in ins[1:]):
+    if name == "select_n" and all(origin.made < Made.FIXED or origin.has_params for origin in ins[1:]):
         return True
     scales = name == "mul" or (name == "div" and ins[0].has_params)
     is_linear = name in (*LINEAR, "max", "min", "clamp")
-    is_noise = name in SUMS and all(o.made == Made.CLOSED for o in data)  # beside a matrix of one row, too
-    is_of_same_extent = len(owned) == len(whole) and is_linear and (len(whole) > 1 or is_noise)
+    is_of_same_extent = len(owned) == len(whole) > 1 and is_linear
     return all((scales and owned - o.varies) or (is_of_same_extent and o.is_array) for o in data)
 
 

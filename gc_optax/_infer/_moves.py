@@ -129,7 +129,8 @@ def _reduced_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
 
 
 def _before_reduction(step: Step, use: Use, gone: set[int]) -> Use:
-    if use.how in ("other", "term") or (use.how == "kernel" and use.spread & (IN | OUT)):
+    is_scale = use.how == "kernel" and (use.spread & (IN | OUT) or not use.dims)
+    if is_scale or use.how in ("other", "term"):
         return Use("statistic", f"{use.op}: only a statistic of it meets the data")
     back = use.moved_back(_kept(step.eqn), step.old)
     if use.how != "output":

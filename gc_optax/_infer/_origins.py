@@ -20,11 +20,12 @@ class Made(enum.IntEnum):
     CONSTANT = 0  # what the function computes from nothing: `jnp.eye(4)`
     FROZEN = 1  # parameters that no gradient comes back to: `stop_gradient(w)`
     PARAMS = 2  # parameters: `w / norm(w)`
-    CLOSED = 3  # what the function closes over: a batch, a mask or a fixed matrix
-    RAW = 4  # arguments as they are given: a batch, a mask or a frozen kernel
-    EITHER_CLOSED = 5  # parameters that `CLOSED` scale, mask or pick, kernels or activations: `w * mask`
-    EITHER = 6  # the same with `RAW`: `experts[i]`
-    DATA = 7  # what is certain to be data: `tanh(x @ w)`
+    FIXED = 3  # what a function of arrays closes over besides: a mask or a fixed matrix, maybe a batch
+    CLOSED = 4  # what a function of nothing but parameters closes over: a batch, a mask or a fixed matrix
+    RAW = 5  # arguments as they are given: a batch, a mask or a frozen kernel
+    EITHER_CLOSED = 6  # parameters that these scale, mask or pick, kernels or activations: `w * mask`
+    EITHER = 7  # the same with `RAW`: `experts[i]`
+    DATA = 8  # what is certain to be data: `tanh(x @ w)`
 
 
 class Origin(NamedTuple):
@@ -58,7 +59,7 @@ class Origin(NamedTuple):
     @property
     def is_array(self) -> bool:
         """Whether it is an array that the function was given, as it was given."""
-        return self.made in (Made.CLOSED, Made.RAW)
+        return self.made in (Made.FIXED, Made.CLOSED, Made.RAW)
 
     @property
     def is_data(self) -> bool:

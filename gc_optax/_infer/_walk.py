@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ._origins import CONSTANT, Made, Origin, big, join, join_all
-from ._program import bodies_of, closed_over, indices, is_kind, is_literal, loop_of, opened, shape_of
+from ._program import Shape, bodies_of, closed_over, indices, is_kind, is_literal, loop_of, opened, shape_of
 from ._rules import Step, Tape, absorbed, origin_of_result, uses_of_arguments
 from ._uses import BATCH, IN, NO_USES, NONE, OUT, OUTPUT, PART, Piece, Use, Uses, put_together
 
@@ -30,11 +30,11 @@ def read(jaxpr: Any, ins: Sequence[Origin], own: bool, alone: bool) -> Tape:
         alone: whether there are no data but those that the function makes itself: `x = jnp.ones((8, 4))`.
     """
     inside, steps = opened(jaxpr), []
-    env = {var: _given(var, value) for var, value in closed_over(jaxpr)}
+    env = {var: _given(var, value, alone) for var, value in closed_over(jaxpr)}
     env.update(zip(inside.invars, ins, strict=True))
 
     def look(atom: Any) -> Origin:
-        origin = _given(atom, atom.val) if is_literal(atom) else env[atom]
+        origin = _given(atom, atom.val, alone) if is_literal(atom) else env[atom]
         return origin if origin.source or is_literal(atom) else origin._replace(source=id(atom))
 
     for eqn in inside.eqns:
@@ -46,10 +46,11 @@ def read(jaxpr: Any, ins: Sequence[Origin], own: bool, alone: bool) -> Tape:
     return Tape(inside, steps, [look(atom) for atom in inside.outvars])
 
 
-def _given(atom: Any, value: Any) -> Origin:
+def _given(atom: Any, value: Any, alone: bool) -> Origin:
     """Where what is closed over, or stands in an equation, comes from."""
-    made = Made.CLOSED if shape_of(atom) and not is_kind(atom, jax.dtypes.prng_key) else Made.CONSTANT
-    return Origin(made, big(shape_of(atom)), value=indices(value))
+    made = Made.CLOSED if alone else Made.FIXED
+    is_array = shape_of(atom) and not is_kind(atom, jax.dtypes.prng_key)
+    return Origin(made if is_array else Made.CONSTANT, big(shape_of(atom)), value=indices(value))
 
 
 def _results(eqn: Any, ins: list[Origin], own: bool, alone: bool) -> tuple[list[Origin], list[Tape]]:
@@ -122,7 +123,7 @@ def read_back(tape: Tape, outputs: Sequence[Uses], own: bool = False) -> list[Us
     def add(atom: Any, origin: Origin, uses: Iterable[Use]) -> None:
         is_used = not is_literal(atom) and (own or is_kind(atom, jnp.inexact))
         if is_used and (origin.has_params or origin.made == Made.DATA):
-            fitting = (use if len(use.dims) in (0, len(shape_of(atom))) else UNFIT for use in uses)
+            fitting = (use if _fits(use, shape_of(atom)) else UNFIT for use in uses)
             found = map(_of_data, fitting) if origin.made == Made.DATA else fitting
             env.setdefault(atom, set()).update(found)
 
@@ -141,6 +142,10 @@ def read_back(tape: Tape, outputs: Sequence[Uses], own: bool = False) -> list[Us
             for start in zip(step.eqn.invars, step.ins, _before(step, uses, own), strict=True):
                 add(*start)
     return [look(var) for var in tape.jaxpr.invars]
+
+
+def _fits(use: Use, shape: Shape) -> bool:
+    return len(use.dims) == len(shape) or (not use.dims and use.how not in ("kernel", "term"))
 
 
 def _of_data(use: Use) -> Use:
@@ -218,7 +223,7 @@ def _of_one_round(use: Use, loop: int) -> Use:
     return use._replace(dims=use.dims[1:], hidden=hidden)
 
 
-def _of_all_rounds(use: Use, loop: int, shape: tuple[int, ...]) -> Use:
+def _of_all_rounds(use: Use, loop: int, shape: Shape) -> Use:
     """The use of an array that a loop goes through, which puts the pieces together again in their order."""
     if use.how not in ("kernel", "unclear") or not use.dims:
         return use._replace(dims=())

@@ -388,6 +388,8 @@ def beside_zeros(b: Builder, kernel: Kernel) -> Prepared:
     axes = kernel.axes("io", 4)
     if not axes:
         return None
+    # Where the data are made by the function, zeros that it makes may be data.
+    b.needs_arguments = True
     axis = b.random.choice(axes)
     shape = kernel.resized(axis, 1).shape
 
