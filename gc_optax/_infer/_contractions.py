@@ -117,7 +117,8 @@ def _of_side(step: Step, use: Use, side: Side, mine: Origin, other: Side, its: O
         is_expert = other.picks(its) and is_kernel and step.outs[0].is_either
         return side.handed(use, PICK) if is_expert else reading
     if use.how == "statistic" or (is_kernel and use.spread & (IN | OUT) and not use.fan_in):
-        return Use("statistic")
+        why = f"{op}: a scale is computed of it and of constants, and which are the inputs cannot be told"
+        return Use("unclear", why, weak=True) if is_kernel and its.is_array else Use("statistic")
     if not its.has_params:
         return _beside_constants(step, use, side, mine, other, its)
     if not is_kernel and (mine.is_either or its.is_either):

@@ -60,7 +60,7 @@ def _entry_by_entry(eqn: Any, ins: list[Origin], var: Any) -> Origin:
         mixed=mixed,
         hot=frozenset(dim for dim in range(len(shape_of(var))) if _is_hot(name, ins, dim)),
         along=union([*scaled, *(kernel.along for kernel in kernels)]),
-        source=sources[0] if name in UNCHANGED else hash((name, *sources)) if all(sources) else 0,
+        source=hash((name, str(eqn.params), *sources)) if all(sources) else 0,
     )
 
 
@@ -190,7 +190,12 @@ def _spelled_out(step: Step, use: Use, origin: Origin, others: list[Origin]) -> 
     if not along or is_loss:
         return None
     labels = _beside_data(step, origin, union(other.varies for other in others))
-    summed = use.relabeled(lambda dim, of_one: IN if dim in along and of_one >= SUM else labels[dim])
+    own = origin.varies - data  # what is summed of these is a sum of the parameter alone
+    summed = use.relabeled(
+        lambda d, of_one: (
+            IN if d in along and of_one >= SUM else REDUCED if d in own and of_one >= SUM else labels[d]
+        )
+    )
     return Use("kernel", "reduce_sum", summed.dims)
 
 

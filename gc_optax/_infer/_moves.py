@@ -56,8 +56,10 @@ def _in_place(eqn: Any, old: Shape, new: Shape) -> Sources:
 def _reshaped(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     old = shape_of(eqn.invars[0])
     row = [Piece(old[dim], frozenset({str(dim)})) for dim in eqn.params["dimensions"] or range(len(old))]
-    dims = cut_anew(row, shape_of(var))
-    return ins[0].moved([[int(dim) for piece in pieces for dim in piece.labels] for pieces in dims])
+    sources = [[int(dim) for p in pieces for dim in p.labels] for pieces in cut_anew(row, shape_of(var))]
+    # Two dimensions in one are one-hot only if both are.
+    hot = frozenset(new for new, source in enumerate(sources) if source and ins[0].hot.issuperset(source))
+    return ins[0].moved(sources)._replace(hot=hot)
 
 
 @backwards("reshape")
@@ -186,12 +188,16 @@ def _of_one_in_row(step: Step, use: Use, axis: int, start: int, stop: int, shape
 
 @backwards("stack")
 def _stacked_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
+    """As of `concatenate`, of arrays that get a dimension of one entry for it."""
     axis, rank = step.eqn.params["axis"], len(step.new)
     one = tuple(1 if dim == axis else size for dim, size in enumerate(step.new))
     sources = [[] if dim == axis else [dim - (dim > axis)] for dim in range(rank)]
-    back = [use.resized(one, id(step)).moved_back(sources, step.old) for use in uses[0]]
-    why = f"{step.name}: {IN_A_ROW}"
-    return [{absorbed(use, origin, step.outs[0], why) for use in back} for origin in step.ins]
+    found: list[Iterable[Use]] = []
+    for number, origin in enumerate(step.ins):
+        mine = (_of_one_in_row(step, use, axis, number, number + 1, one) for use in uses[0])
+        back = (use.moved_back(sources, step.old) for use in mine if use)
+        found.append({absorbed(use, origin, step.outs[0], f"{step.name}: {IN_A_ROW}") for use in back})
+    return found
 
 
 @backwards("pad", *WRITES)

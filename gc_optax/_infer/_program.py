@@ -85,10 +85,9 @@ KNOWN: dict[str, Callable[..., Any]] = {
 
 def indices(value: Any) -> np.ndarray[Any, Any] | None:
     """An array of the surroundings, or a literal, if it can be an index: known whole numbers."""
-    is_array = isinstance(value, int | np.integer | np.bool_ | np.ndarray | jax.Array)
-    if not is_array or isinstance(value, jax.core.Tracer) or jnp.result_type(value).kind not in "iub":
-        return None
-    return np.asarray(value)
+    dtype = getattr(value, "dtype", np.dtype(int) if isinstance(value, int) else np.dtype(float))
+    is_whole = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)
+    return np.asarray(value) if is_whole and not isinstance(value, jax.core.Tracer) else None
 
 
 def folded(eqn: Any, values: Sequence[Any]) -> Any:

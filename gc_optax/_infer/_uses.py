@@ -72,6 +72,11 @@ class Use(NamedTuple):
         return NONE.union(*(piece.labels for piece in self.dims[dim]))
 
     @property
+    def has_dims(self) -> bool:
+        """Whether its dimensions matter. Those of a kernel do, also if it is a number and has none."""
+        return bool(self.dims) or self.how in ("kernel", "term")
+
+    @property
     def fan_in(self) -> tuple[int, ...]:
         """The dimensions that are contracted with the data, as a whole or in part."""
         return tuple(dim for dim in range(len(self.dims)) if self.labels(dim) >= IN)
@@ -104,7 +109,7 @@ class Use(NamedTuple):
 
     def moved_back(self, sources: Sources, old: Shape) -> "Use":
         """The use of an array, from the use of its entries at other places, maybe of fewer."""
-        if not self.dims:
+        if not self.has_dims:
             return self
         dims: list[Dim] = [(Piece(size),) for size in old]
         for pieces, source in zip(self.dims, sources, strict=True):
@@ -117,7 +122,7 @@ class Use(NamedTuple):
 
     def reshaped_back(self, order: Sequence[int], old: Shape) -> "Use":
         """The use of an array whose dimensions are read in some order and cut anew."""
-        if not self.dims:
+        if not self.has_dims:
             return self
         row = list(itertools.chain.from_iterable(self.dims))
         dims = dict(zip(order, cut_anew(row, [old[dim] for dim in order]), strict=True))
@@ -242,6 +247,7 @@ def _of_parts(use: Use, cut: Sequence[int], windows: set[Window], shape: Shape) 
     if not use.dims or not cut:
         return use
     seen = {dim: {part for window in windows for part in window if part[0] == dim} for dim in cut}
+    use = _put_in_row(use, [dim for dim in cut if len(seen[dim]) > 1], cut, windows, shape)
     summed = [dim for dim in cut if use.labels(dim) >= IN]
     moving = [dim for dim in summed if len(seen[dim]) > 1]
     is_row = all(piece.row for dim in summed for piece in use.dims[dim] if piece.labels >= IN)
@@ -251,6 +257,32 @@ def _of_parts(use: Use, cut: Sequence[int], windows: set[Window], shape: Shape) 
     if use.how == "term":
         return use._replace(how="other", dims=())
     return use.relabeled(lambda dim, labels: labels | PART if dim in summed else labels)
+
+
+def _put_in_row(
+    use: Use, moving: Sequence[int], cut: Sequence[int], windows: set[Window], shape: Shape
+) -> Use:
+    """Parts along some dimensions that stand in a row along another: `x @ jnp.concatenate([w[0], w[1]])`.
+
+    One by one, and all of them, they make the dimension that they were cut from a part of the row.
+    """
+    others = [piece for dim, pieces in enumerate(use.dims) if dim not in cut for piece in pieces]
+    rows = {piece.row for piece in others if piece.row and piece.labels >= IN}
+    rows |= {row for row, labels in use.hidden if labels >= IN}
+    own = {dim for dim in moving if any(piece.row for piece in use.dims[dim])}
+    loose = [dim for dim in moving if dim not in own]
+    if not rows or not loose:
+        return use
+    is_one_by_one = all(
+        stop - start == 1 for window in windows for dim, start, stop in window if dim in loose
+    )
+    is_free = all(use.labels(dim) == BATCH for dim in loose) and not use.hidden and len(rows) == 1
+    label = IN if is_free and is_one_by_one and _cover(windows, loose, shape) else IN | PART
+    dims = enumerate(use.dims)
+    whole = [
+        (Piece(shape[dim], label, next(iter(rows))),) if dim in loose else pieces for dim, pieces in dims
+    ]
+    return use._replace(dims=tuple(whole))
 
 
 def _cover(windows: Iterable[Window], dims: Sequence[int], shape: Shape) -> bool:

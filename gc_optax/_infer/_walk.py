@@ -1,5 +1,6 @@
 """The two passes over a program: forwards for what each array is made of, backwards for how it is used."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ EACH_BY_ITSELF = (
     *("device_put", "mesh_cast", "optimization_barrier", "pcast", "pmax", "pmin", "ppermute", "psum"),
     *("psum_invariant", "pvary", "reshard", "stop_gradient"),
 )
+# JAX keeps the body of a function: two calls of it have the same variables, which stand for other arrays.
+CALLS = itertools.count(1)
 # What makes an array of nothing, or of a number.
 MAKING_ARRAYS = ("broadcast_in_dim", "random_bits", "rng_bit_generator", "threefry2x32")
 
@@ -29,13 +32,13 @@ def read(jaxpr: Any, ins: Sequence[Origin], own: bool, alone: bool) -> Tape:
         own: whether it has a derivative of its own, `custom_vjp`: then it does not say where gradients go.
         alone: whether there are no data but those that the function makes itself: `x = jnp.ones((8, 4))`.
     """
-    inside, steps = opened(jaxpr), []
+    inside, steps, call = opened(jaxpr), [], next(CALLS)
     env = {var: _given(var, value, alone) for var, value in closed_over(jaxpr)}
     env.update(zip(inside.invars, ins, strict=True))
 
     def look(atom: Any) -> Origin:
         origin = _given(atom, atom.val, alone) if is_literal(atom) else env[atom]
-        return origin if origin.source or is_literal(atom) else origin._replace(source=id(atom))
+        return origin if origin.source or is_literal(atom) else origin._replace(source=hash((call, id(atom))))
 
     for eqn in inside.eqns:
         origins, name = [look(atom) for atom in eqn.invars], eqn.primitive.name
@@ -61,9 +64,7 @@ def _results(eqn: Any, ins: list[Origin], own: bool, alone: bool) -> tuple[list[
         own = own or name.startswith("custom_")
         tapes = [read(body, ins[name == "cond" :], own, alone) for body in bodies]
         outs = [join_all(each) for each in zip(*(tape.outs for tape in tapes), strict=True)]
-        # Another call of the same function has the same body, but computes other arrays.
-        given = {origin.source for origin in ins}
-        return [out if out.source in given else out._replace(source=0) for out in outs], tapes
+        return outs, tapes
     if _is_each_by_itself(eqn):
         return ins, []
     return [origin_of_result(eqn, ins, var) for var in eqn.outvars], []
@@ -136,7 +137,7 @@ def read_back(tape: Tape, outputs: Sequence[Uses], own: bool = False) -> list[Us
         add(*end)
     for step in reversed(tape.steps):
         # Of what stands in a row, a part may be used in a way of its own.
-        axis = step.eqn.params["dimension"] if step.name == "concatenate" else None
+        axis = step.eqn.params.get({"concatenate": "dimension", "stack": "axis"}.get(step.name))
         uses = [look(var, axis) for var in step.eqn.outvars]
         if any(uses):
             for start in zip(step.eqn.invars, step.ins, _before(step, uses, own), strict=True):
@@ -145,7 +146,7 @@ def read_back(tape: Tape, outputs: Sequence[Uses], own: bool = False) -> list[Us
 
 
 def _fits(use: Use, shape: Shape) -> bool:
-    return len(use.dims) == len(shape) or (not use.dims and use.how not in ("kernel", "term"))
+    return len(use.dims) == len(shape) or not use.has_dims
 
 
 def _of_data(use: Use) -> Use:
