@@ -266,23 +266,19 @@ def _put_in_row(
 
     One by one, and all of them, they make the dimension that they were cut from a part of the row.
     """
-    others = [piece for dim, pieces in enumerate(use.dims) if dim not in cut for piece in pieces]
-    rows = {piece.row for piece in others if piece.row and piece.labels >= IN}
-    rows |= {row for row, labels in use.hidden if labels >= IN}
-    own = {dim for dim in moving if any(piece.row for piece in use.dims[dim])}
+    others = [piece for dim, pieces in enumerate(use.dims) if dim not in cut for piece in pieces if piece.row]
+    rows = {(piece.row, piece.labels) for piece in others} | use.hidden
+    parts = [part for window in windows for part in window]
+    single = {dim for dim in moving if all(stop - start == 1 for d, start, stop in parts if d == dim)}
+    # A dimension that is a row of its parts itself needs no other.
+    own = {d for d in moving if any(p.row and (p.labels >= IN or d in single) for p in use.dims[d])}
     loose = [dim for dim in moving if dim not in own]
-    if not rows or not loose:
+    if not loose or not any(labels >= IN for _, labels in rows):
         return use
-    is_one_by_one = all(
-        stop - start == 1 for window in windows for dim, start, stop in window if dim in loose
-    )
-    is_free = all(use.labels(dim) == BATCH for dim in loose) and not use.hidden and len(rows) == 1
-    label = IN if is_free and is_one_by_one and _cover(windows, loose, shape) else IN | PART
-    dims = enumerate(use.dims)
-    whole = [
-        (Piece(shape[dim], label, next(iter(rows))),) if dim in loose else pieces for dim, pieces in dims
-    ]
-    return use._replace(dims=tuple(whole))
+    is_free = all(dim in single and use.labels(dim) == BATCH for dim in loose)
+    is_whole = is_free and len(rows) == 1 and not use.hidden and _cover(windows, loose, shape)
+    label, row, dims = IN if is_whole else IN | PART, next(iter(rows))[0], enumerate(use.dims)
+    return use._replace(dims=tuple((Piece(shape[d], label, row),) if d in loose else dim for d, dim in dims))
 
 
 def _cover(windows: Iterable[Window], dims: Sequence[int], shape: Shape) -> bool:

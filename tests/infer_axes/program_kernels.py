@@ -256,7 +256,7 @@ def permuted(b: Builder, kernel: Kernel) -> Prepared:
 @part(PREPARATIONS, "repeated by a constant index", entrywise=True)
 def repeated(b: Builder, kernel: Kernel) -> Prepared:
     axes = kernel.axes("obs" if b.entrywise else "iobs", 3)
-    if not axes:
+    if not axes or not kernel.has_axes:
         return None
     axis = b.random.choice(axes)
     size = kernel.shape[axis] - 1
@@ -355,8 +355,9 @@ def restacked_and_permuted(b: Builder, kernel: Kernel) -> Prepared:
 
 @part(PREPARATIONS, "restacked, mirrored")
 def restacked_and_mirrored(b: Builder, kernel: Kernel) -> Prepared:
+    """Of a kernel of which a part is used, the other half may be used as a whole."""
     axes = kernel.axes("iobs", 3)
-    if not axes:
+    if not axes or not kernel.has_axes:
         return None
     axis = b.random.choice(axes)
     half = list(range((kernel.shape[axis] + 1) // 2))
