@@ -180,7 +180,8 @@ def _of_one_in_row(step: Step, use: Use, axis: int, start: int, stop: int, shape
         return None
     is_alone = bool(use.window) and (low, high) == (first, last)
     part = tuple(high - low if dim == axis else size for dim, size in enumerate(shape))
-    mine = use._replace(window=()).resized(part, None if is_alone else id(step))
+    row = None if is_alone else (id(step), use.window, last - first if use.window else step.new[axis])
+    mine = use._replace(window=()).resized(part, row)
     return (
         mine if (low, high) == (start, stop) else mine._replace(window=((axis, low - start, high - start),))
     )

@@ -31,8 +31,8 @@ class Piece(NamedTuple):
 
     size: int
     labels: Labels = NONE
-    # What put it in a row with others, as the `stack` in `x @ jnp.stack([w[0], w[1]])`: only all of them
-    # together are what the labels speak of. 0 if nothing did.
+    # What put it in a row with others, as the `stack` in `x @ jnp.stack([w[0], w[1]])`, and how many entries the
+    # row has: only all of them together are what the labels speak of. 0 if nothing did.
     row: Hashable = 0
 
 
@@ -236,7 +236,8 @@ def _enlarged(use: Use, shape: Shape) -> Use:
         return whole
     if use.hidden and (lost := {dim for dim, size in cut.items() if size == 1 and not use.labels(dim)}):
         # With two rows, and two dimensions, nobody knows which piece was where.
-        row, labels = next(iter(use.hidden)) if len(use.hidden) == 1 else (0, IN | PART)
+        others = {p.row for pieces in use.dims for p in pieces if p.row and p.labels >= IN}
+        row, labels = next(iter(use.hidden)) if len(use.hidden) == 1 and not others else (0, IN | PART)
         dims = ((Piece(1, labels, row),) if dim in lost else pieces for dim, pieces in enumerate(use.dims))
         whole = whole._replace(dims=tuple(dims), hidden=frozenset())
     return whole.resized(shape).relabeled(lambda dim, labels: labels or BATCH if dim in cut else labels)
@@ -253,10 +254,22 @@ def _of_parts(use: Use, cut: Sequence[int], windows: set[Window], shape: Shape) 
     is_row = all(piece.row for dim in summed for piece in use.dims[dim] if piece.labels >= IN)
     if is_row and moving and _cover(windows, moving, shape):
         whole = use.relabeled(lambda dim, labels: BATCH if dim in summed and dim not in moving else labels)
+        whole = _without_full_row(whole, moving, windows)
         return whole._replace(how="kernel", why=use.op) if use.how == "term" else whole
     if use.how == "term":
         return use._replace(how="other", dims=())
     return use.relabeled(lambda dim, labels: labels | PART if dim in summed else labels)
+
+
+def _without_full_row(use: Use, moving: Sequence[int], windows: set[Window]) -> Use:
+    """Without a row that has these parts and no others: the array is all of it."""
+    parts = (math.prod(stop - start for dim, start, stop in window if dim in moving) for window in windows)
+    entries, row = sum(parts), use.dims[moving[0]][0].row
+    if not isinstance(row, tuple) or row[-1] != entries:
+        return use
+    return use._replace(
+        dims=tuple(tuple(p._replace(row=0) if p.row == row else p for p in d) for d in use.dims)
+    )
 
 
 def _put_in_row(
@@ -271,6 +284,8 @@ def _put_in_row(
     parts = [part for window in windows for part in window]
     single = {dim for dim in moving if all(stop - start == 1 for d, start, stop in parts if d == dim)}
     # A dimension that is a row of its parts itself needs no other.
+    if any(labels >= IN for _, labels in use.hidden):
+        single = set()
     own = {d for d in moving if any(p.row and (p.labels >= IN or d in single) for p in use.dims[d])}
     loose = [dim for dim in moving if dim not in own]
     if not loose or not any(labels >= IN for _, labels in rows):
