@@ -146,12 +146,10 @@ def _beside_data(op: str, side: Side, other: Side, its: Origin) -> Use:
 
 def _beside_activation(op: str, mine: Origin, its: Origin, reading: Use) -> Use:
     """The use of a side of a product, if either side may be an activation, and the product is one."""
-    if not its.is_either or mine.mixed == 2 != its.mixed:
-        return OUTPUT
-    if not mine.is_either or its.mixed == 2 != mine.mixed:
-        return reading
+    if not (mine.is_either and its.is_either):
+        return OUTPUT if mine.is_either else reading
     # In `(x + positions) @ (w @ rotation)`, the rotation closed over, the second may be the kernel.
-    is_one_kind = mine.made == its.made or mine.mixed < 2
+    is_one_kind = mine.made == its.made and mine.mixed == its.mixed
     return OUTPUT if is_one_kind else Use("unclear", f"{op}: which side of it is the kernel cannot be told")
 
 

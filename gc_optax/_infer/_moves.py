@@ -156,7 +156,11 @@ WRITES = (
 
 @forwards("concatenate", "stack", "pad", *WRITES)
 def _beside(eqn: Any, ins: list[Origin], var: Any) -> Origin:
-    whole = join_all(ins[:1] if eqn.primitive.name == "pad" else ins)
+    # What is written into parameters beforehand, `w.at[0].set(0.0)`, makes no data of them.
+    is_written = (
+        eqn.primitive.name in WRITES and ins[0].has_params and all(o.made <= Made.CLOSED for o in ins[1:])
+    )
+    whole = join_all(ins[:1] if is_written or eqn.primitive.name == "pad" else ins)
     return whole._replace(varies=big(shape_of(var)), hot=NO_DIMS, along=NO_DIMS, value=None)
 
 

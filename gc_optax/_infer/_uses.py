@@ -31,8 +31,8 @@ class Piece(NamedTuple):
 
     size: int
     labels: Labels = NONE
-    # What put it in a row with others, as the `stack` in `x @ jnp.stack([w[0], w[1]])`, and how many entries the
-    # row has: only all of them together are what the labels speak of. 0 if nothing did.
+    # What put it in a row with others, as the `stack` in `x @ jnp.stack([w[0], w[1]])`, and how long that row
+    # is: only all of them together are what the labels speak of. 0 if nothing did.
     row: Hashable = 0
 
 

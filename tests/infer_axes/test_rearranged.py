@@ -68,7 +68,7 @@ STEPS = [transposed, flipped, rolled, reshaped, sliced, taken_apart, halved]
 
 
 def rearranged(rng, shape):
-    """A function that rearranges the entries of an array, and the indices of the entries where it puts them."""
+    """Steps that rearrange the entries of an array, and the indices of the entries where they put them."""
     indices, steps = jnp.arange(math.prod(shape)).reshape(shape), []
     for _ in range(rng.randrange(1, 5)):
         if step := rng.choice(STEPS)(rng, indices):
