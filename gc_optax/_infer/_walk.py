@@ -226,8 +226,10 @@ def _of_one_round(use: Use, loop: int) -> Use:
 
 def _of_all_rounds(use: Use, loop: int, shape: Shape) -> Use:
     """The use of an array that a loop goes through, which puts the pieces together again in their order."""
-    if use.how not in ("kernel", "unclear") or not use.dims:
-        return use._replace(dims=())
+    if use.how not in ("kernel", "unclear"):
+        return use._replace(how="other" if use.how == "term" else use.how, dims=())
+    if not use.has_dims:
+        return use
     own = NONE.union(*(labels for row, labels in use.hidden if row == loop))
     left = frozenset((row, labels) for row, labels in use.hidden if row != loop)
     is_piece = not own and any(labels >= IN for _, labels in left)
