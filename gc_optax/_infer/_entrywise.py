@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ._origins import Dims, Made, Origin, big, either, union
-from ._program import shape_of
+from ._program import Shape, shape_of
 from ._rules import Step, backwards, forwards
 from ._uses import BATCH, IN, NONE, OUT, REDUCED, SUM, TOTAL, Labels, Use, Uses, labeled
 
@@ -50,7 +50,7 @@ def _entry_by_entry(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     ]
     made, mixed = max(origin.made for origin in kernels or ins), max((k.mixed for k in kernels), default=0)
     if kernels and data:
-        made = either(ins) if _may_be_kernel(name, ins, data, owned, big(shape_of(var))) else Made.DATA
+        made = either(ins) if _may_be_kernel(name, ins, data, owned, shape_of(var)) else Made.DATA
         mixed = 2 if name in SUMS else mixed
     scaled = [o.varies for o in data if o.made == Made.DATA or not o.varies <= owned]
     sources = [origin.source for origin in ins]
@@ -72,13 +72,13 @@ def _is_constant(name: str, origin: Origin, extents: tuple[Dims, ...]) -> bool:
     return (is_fixed or origin.made == Made.CLOSED) and (is_mask or is_noise or not origin.varies)
 
 
-def _may_be_kernel(name: str, ins: list[Origin], data: list[Origin], owned: Dims, whole: Dims) -> bool:
+def _may_be_kernel(name: str, ins: list[Origin], data: list[Origin], owned: Dims, shape: Shape) -> bool:
     """Whether parameters that are scaled, masked or corrected by data may be a kernel still."""
     if name == "select_n" and all(origin.made < Made.FIXED or origin.has_params for origin in ins[1:]):
         return True
     scales = name == "mul" or (name == "div" and ins[0].has_params)
     is_linear = name in (*LINEAR, "max", "min", "clamp")
-    is_of_same_extent = len(owned) == len(whole) > 1 and is_linear
+    is_of_same_extent = owned == big(shape) and len(shape) > 1 and is_linear
     return all((scales and owned - o.varies) or (is_of_same_extent and o.is_array) for o in data)
 
 
