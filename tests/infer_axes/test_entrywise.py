@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ALONE, MASK, Case, check, conv, dense, f32, images, named, one, x
+from cases import ALONE, MASK, Case, check, conv, dense, f32, fan_in_of, images, named, one, x
 from jax import lax
 
 BESIDE_DATA = [
@@ -312,3 +312,25 @@ GATES = [
 @pytest.mark.parametrize("case", GATES, ids=named)
 def test_gates_in_one_array_are_no_kernel(case):
     check(case)
+
+
+@jax.checkpoint
+def scaled_activation(x, gate):
+    return jax.nn.relu(x) * gate
+
+
+OTHER_ARRAYS = {
+    "two calls of one function": lambda w, x, y: scaled_activation(x, w[0]) + scaled_activation(y, w[1]),
+    "two powers": lambda w, x, y: x**2 * w[0] + x**3 * w[1],
+    "two roundings": lambda w, x, y: x.astype(jnp.float16).astype(jnp.float32) * w[0] + x * w[1],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ARRAYS)
+def test_what_is_computed_in_two_ways_is_not_one_array(name):
+    assert fan_in_of(OTHER_ARRAYS[name], f32(2, 4), x, x) == ALONE
+
+
+def test_outputs_that_are_summed_too_are_no_fan_out():
+    with pytest.warns(UserWarning, match="axis 1 reduced before it meets the data"):
+        assert fan_in_of(lambda w, x: (x[:, :, None] * w).sum((1, 2)), dense, x) == ALONE
