@@ -146,10 +146,10 @@ def _beside_data(op: str, side: Side, other: Side, its: Origin) -> Use:
 
 def _beside_activation(op: str, mine: Origin, its: Origin, reading: Use) -> Use:
     """The use of a side of a product, if either side may be an activation, and the product is one."""
-    if not (mine.is_either and its.is_either):
+    if not its.is_either or (not mine.is_either and (its.mixed == 2 or its.made == Made.EITHER)):
         return OUTPUT if mine.is_either else reading
     # In `(x + positions) @ (w @ rotation)`, the rotation closed over, the second may be the kernel.
-    is_one_kind = mine.made == its.made and mine.mixed == its.mixed
+    is_one_kind = mine.made == its.made and mine.mixed == its.mixed  # as in an attention
     return OUTPUT if is_one_kind else Use("unclear", f"{op}: which side of it is the kernel cannot be told")
 
 

@@ -157,7 +157,7 @@ def _of_activation(step: Step, use: Use, origin: Origin, others: list[Origin]) -
         of_dims = [use.labels(dim) for dim in big(step.new) if use.dims]
         is_penalty = bool(of_dims) and all(labels >= TOTAL for labels in of_dims)  # `(w - start) ** 2`
         is_norm = any(labels >= REDUCED for labels in of_dims)  # `rsqrt(((w * style) ** 2).sum())`, a scale
-        if result.is_either and (is_penalty or is_norm):
+        if result.is_either and (is_penalty or is_norm) and not any(o.has_params for o in others):
             return Use("statistic")
         return _term(step, use, origin, others, other)
     if origin.is_either and origin.mixed == 2 and any(_may_be_scaled(origin, o, result) for o in others):
