@@ -160,7 +160,7 @@ def _of_activation(step: Step, use: Use, origin: Origin, others: list[Origin]) -
         if result.is_either and (is_penalty or is_norm) and not any(o.has_params for o in others):
             return Use("statistic")
         return _term(step, use, origin, others, other)
-    if origin.is_either and origin.mixed == 2 and any(_may_be_scaled(origin, o, result) for o in others):
+    if origin.is_either and origin.mixed == 2 and any(_may_be_scaled(origin, o) for o in others):
         return other
     if name not in LINEAR:
         lost = {SUM: REDUCED}
@@ -172,10 +172,9 @@ def _of_activation(step: Step, use: Use, origin: Origin, others: list[Origin]) -
     return use.relabeled(lambda dim, labels: labels - SUM if dim in scaled else labels)
 
 
-def _may_be_scaled(origin: Origin, other: Origin, result: Origin) -> bool:
+def _may_be_scaled(origin: Origin, other: Origin) -> bool:
     """Whether `other` may be data that parameters scale, as `x` in `x * (w @ rotation)[0]`."""
-    is_of_same_extent = other.varies == origin.varies and result.made == Made.DATA
-    is_argument = other.made == Made.RAW and (is_of_same_extent or not other.varies <= origin.varies)
+    is_argument = other.made == Made.RAW and not other.varies < origin.varies
     return other.made == Made.DATA or is_argument or (other.is_either and other.made != origin.made)
 
 
