@@ -172,8 +172,15 @@ def _concatenated_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
     found: list[Iterable[Use]] = []
     for origin, shape, start, stop in zip(step.ins, shapes, [0, *stops], stops, strict=False):
         mine = (_of_one_in_row(step, use, axis, start, stop, shape) for use in uses[0])
-        found.append({absorbed(use, origin, step.outs[0], f"{step.name}: {IN_A_ROW}") for use in mine if use})
+        found.append({_in_a_row(step, use, origin) for use in mine if use})
     return found
+
+
+def _in_a_row(step: Step, use: Use, origin: Origin) -> Use:
+    """The use of one of several arrays in a row, if the row is used so. What is beside data may be none."""
+    is_doubtful = origin.is_either and origin.mixed == 2 and step.outs[0].made == Made.DATA
+    table = origin._replace(made=Made.PARAMS) if is_doubtful else origin
+    return absorbed(use, table, step.outs[0], f"{step.name}: {IN_A_ROW}")
 
 
 def _of_one_in_row(step: Step, use: Use, axis: int, start: int, stop: int, shape: Shape) -> Use | None:
@@ -201,7 +208,7 @@ def _stacked_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
     for number, origin in enumerate(step.ins):
         mine = (_of_one_in_row(step, use, axis, number, number + 1, one) for use in uses[0])
         back = (use.moved_back(sources, step.old) for use in mine if use)
-        found.append({absorbed(use, origin, step.outs[0], f"{step.name}: {IN_A_ROW}") for use in back})
+        found.append({_in_a_row(step, use, origin) for use in back})
     return found
 
 
