@@ -177,10 +177,10 @@ def _concatenated_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
 
 
 def _in_a_row(step: Step, use: Use, origin: Origin) -> Use:
-    """The use of one of several arrays in a row, if the row is used so. What is beside data may be none."""
+    """The use of one of several arrays in a row, if the row is used so. A rotated kernel may be beside data, too."""
     is_doubtful = origin.is_either and origin.mixed == 2 and step.outs[0].made == Made.DATA
-    table = origin._replace(made=Made.PARAMS) if is_doubtful else origin
-    return absorbed(use, table, step.outs[0], f"{step.name}: {IN_A_ROW}")
+    mine = origin._replace(made=Made.PARAMS) if is_doubtful else origin
+    return absorbed(use, mine, step.outs[0], f"{step.name}: {IN_A_ROW}")
 
 
 def _of_one_in_row(step: Step, use: Use, axis: int, start: int, stop: int, shape: Shape) -> Use | None:
