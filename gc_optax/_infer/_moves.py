@@ -177,7 +177,7 @@ def _concatenated_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
 
 
 def _in_a_row(step: Step, use: Use, origin: Origin) -> Use:
-    """The use of one of several arrays in a row, if the row is used so. A rotated kernel may be beside data, too."""
+    """The use of one of several arrays in a row, if the row is used so; some may be data."""
     is_doubtful = origin.is_either and origin.mixed == 2 and step.outs[0].made == Made.DATA
     mine = origin._replace(made=Made.PARAMS) if is_doubtful else origin
     return absorbed(use, mine, step.outs[0], f"{step.name}: {IN_A_ROW}")
