@@ -6,33 +6,20 @@ from typing import Any
 from ._origins import Dims, Made, Origin, big, either, union
 from ._program import Shape, shape_of
 from ._rules import Step, backwards, forwards
-from ._uses import BATCH, IN, NONE, OUT, REDUCED, SUM, TOTAL, Labels, Use, Uses, labeled
+from ._uses import BATCH, IN, LOSS, NONE, OUT, REDUCED, SUM, TOTAL, Labels, Use, Uses, labeled
 
 UNCHANGED = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint")
 SCALING = ("mul", "div", "neg", "select_n", "and", *UNCHANGED)
 SUMS = ("add", "add_any", "sub")
 LINEAR = (*SUMS, *SCALING)
-ENTRY_BY_ENTRY = (
-    *(*LINEAR, "abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e", "bessel_i1e"),
-    *(
-        "bitcast_convert_type",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "clz",
-        "complex",
-        "conj",
-        "cos",
-        "cosh",
-        "digamma",
-        "eq",
-    ),
-    *("eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac"),
-    *("imag", "integer_pow", "is_finite", "le", "le_to", "lgamma", "log", "log1p", "logistic", "lt", "lt_to"),
-    *("max", "min", "ne", "nextafter", "not", "or", "polygamma", "population_count", "pow", "real"),
-    *("regularized_incomplete_beta", "rem", "round", "rsqrt", "shift_left", "shift_right_arithmetic"),
-    *("shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh", "xor", "zeta"),
-)
+OTHERS = """
+    abs acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp
+    clz complex conj cos cosh digamma eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac
+    imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min ne nextafter not or
+    polygamma population_count pow real regularized_incomplete_beta rem round rsqrt shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square tan tanh xor zeta
+"""
+ENTRY_BY_ENTRY = (*LINEAR, *OTHERS.split())
 WHY = "a bias, a scale or a gate"
 
 
@@ -166,7 +153,8 @@ def _of_activation(step: Step, use: Use, origin: Origin, others: list[Origin]) -
         lost = {SUM: REDUCED}
         return use.relabeled(lambda d, of_one: lost.get(of_one, of_one - SUM))._replace(hidden=frozenset())
     if origin.is_either and result.made == Made.DATA:  # no penalty on parameters, but a part of activations
-        use = use.relabeled(lambda dim, labels: labels - TOTAL - REDUCED)
+        loss = {TOTAL: LOSS}
+        use = use.relabeled(lambda d, of_one: of_one - TOTAL - REDUCED | loss.get(of_one & TOTAL, NONE))
     # Only a sum right after a product makes a contraction of it, not that of `x * scale * weight`.
     scaled = union(o.varies for o in others if o.made > Made.FROZEN and name not in SUMS)
     return use.relabeled(lambda dim, labels: labels - SUM if dim in scaled else labels)
@@ -185,7 +173,7 @@ def _spelled_out(step: Step, use: Use, origin: Origin, others: list[Origin]) -> 
     """
     data = union(other.varies - other.hot for other in others)
     along = {dim for dim in range(len(use.dims)) if use.labels(dim) >= SUM} & origin.varies & data
-    is_loss = not origin.varies - data and any(use.labels(dim) >= TOTAL for dim in along)
+    is_loss = not origin.varies - data and any(use.labels(dim) & (TOTAL | LOSS) for dim in along)
     if not along or is_loss:
         return None
     labels = _beside_data(step, origin, union(other.varies for other in others))

@@ -21,8 +21,8 @@ from ._program import Shape
 
 Labels = frozenset[str]
 NONE: Labels = frozenset()
-IN, OUT, BATCH, PICK, PART, REDUCED, SUM, TOTAL = (
-    frozenset({name}) for name in ("in", "out", "batch", "pick", "part", "reduced", "sum", "total")
+IN, OUT, BATCH, PICK, PART, REDUCED, SUM, TOTAL, LOSS = (
+    frozenset({name}) for name in ("in", "out", "batch", "pick", "part", "reduced", "sum", "total", "loss")
 )
 
 

@@ -9,6 +9,7 @@ import pytest
 from cases import ALONE, MASK, Case, check, conv, dense, f32, fan_in_of, images, named, one, x
 from jax import lax
 
+row, row_means = jnp.ones((3, 1)), x.mean(1, keepdims=True)
 BESIDE_DATA = [
     Case("a bias", lambda b, x: x + b, f32(4), (x,), ALONE),
     Case("learned positions", lambda p, x: x + p, f32(3, 4), (x,), ALONE),
@@ -21,6 +22,8 @@ BESIDE_DATA = [
         (x,),
         {"t": ALONE, "w": (0,)},
     ),
+    Case("a norm in a residual block", lambda s: (x + x * (row_means * s)).sum(), f32(4), (), ALONE),
+    Case("the same, masked", lambda s: (row * (x + x * (row_means * s))).sum(), f32(4), (), ALONE),
     Case("a multiplication and a sum", lambda w, x: (x[:, :, None] * w).sum(1), dense, (x,), (0,)),
     Case(
         "a mask token",
