@@ -164,15 +164,23 @@ def _beside(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     return whole._replace(varies=big(shape_of(var)), hot=NO_DIMS, along=NO_DIMS, value=None)
 
 
-@backwards("concatenate")
-def _concatenated_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
-    """The uses may be of parts of the row (`Use.window`): then only what is in that part is used so."""
-    axis, shapes = step.eqn.params["dimension"], [shape_of(var) for var in step.eqn.invars]
-    stops = list(itertools.accumulate(shape[axis] for shape in shapes))
+@backwards("concatenate", "stack")
+def _beside_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
+    """The uses may be of parts of the row (`Use.window`): then only what is in that part is used so.
+
+    What `stack` puts in a row gets a dimension of one entry for it.
+    """
+    is_new, shapes = step.name == "stack", [shape_of(var) for var in step.eqn.invars]
+    axis = step.eqn.params["axis" if is_new else "dimension"]
+    parts = [(*shape[:axis], 1, *shape[axis:]) if is_new else shape for shape in shapes]
+    sources = [
+        [] if is_new and dim == axis else [dim - (is_new and dim > axis)] for dim in range(len(step.new))
+    ]
+    stops = list(itertools.accumulate(part[axis] for part in parts))
     found: list[Iterable[Use]] = []
-    for origin, shape, start, stop in zip(step.ins, shapes, [0, *stops], stops, strict=False):
-        mine = (_of_one_in_row(step, use, axis, start, stop, shape) for use in uses[0])
-        found.append({_in_a_row(step, use, origin) for use in mine if use})
+    for origin, shape, part, start, stop in zip(step.ins, shapes, parts, [0, *stops], stops, strict=False):
+        mine = (_of_one_in_row(step, use, axis, start, stop, part) for use in uses[0])
+        found.append({_in_a_row(step, use.moved_back(sources, shape), origin) for use in mine if use})
     return found
 
 
@@ -196,20 +204,6 @@ def _of_one_in_row(step: Step, use: Use, axis: int, start: int, stop: int, shape
     return (
         mine if (low, high) == (start, stop) else mine._replace(window=((axis, low - start, high - start),))
     )
-
-
-@backwards("stack")
-def _stacked_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
-    """As of `concatenate`, of arrays that get a dimension of one entry for it."""
-    axis, rank = step.eqn.params["axis"], len(step.new)
-    one = tuple(1 if dim == axis else size for dim, size in enumerate(step.new))
-    sources = [[] if dim == axis else [dim - (dim > axis)] for dim in range(rank)]
-    found: list[Iterable[Use]] = []
-    for number, origin in enumerate(step.ins):
-        mine = (_of_one_in_row(step, use, axis, number, number + 1, one) for use in uses[0])
-        back = (use.moved_back(sources, step.old) for use in mine if use)
-        found.append({_in_a_row(step, use, origin) for use in back})
-    return found
 
 
 @backwards("pad", *WRITES)

@@ -43,7 +43,8 @@ class Origin(NamedTuple):
     along: Dims = NO_DIMS
     # Its entries, if they are known whole numbers: `np.array([1, 0, 2])`.
     value: Any = None
-    # A number for its entries, wherever they are: `roll(x, 1)` has that of `x`. 0 if there is none.
+    # A number for its entries, wherever they are: `roll(x, 1)` has that of `x`. Arrays with the same one have
+    # entries of one array, computed in one way; with another, or with 0, nothing is known.
     source: int = 0
 
     @property

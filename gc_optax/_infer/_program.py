@@ -96,15 +96,9 @@ def folded(eqn: Any, values: Sequence[Any]) -> Any:
     if any(value is None for value in values):
         return None
     if name == "iota" and is_kind(eqn.outvars[0], jnp.integer):
-        values, name, kept = (
-            [np.arange(shape[params["dimension"]])],
-            "broadcast_in_dim",
-            [params["dimension"]],
-        )
-    else:
-        kept = params.get("broadcast_dimensions", ())
+        return np.broadcast_to(np.indices(shape, sparse=True)[params["dimension"]], shape)
     if name == "broadcast_in_dim":
-        gone = [dim for dim in range(len(shape)) if dim not in kept]
+        gone = [dim for dim in range(len(shape)) if dim not in params["broadcast_dimensions"]]
         return np.broadcast_to(np.expand_dims(values[0], gone), shape)
     if name in ("reshape", "squeeze"):
         return np.reshape(values[0], shape)

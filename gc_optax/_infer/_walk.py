@@ -84,9 +84,8 @@ def settled(origin: Origin, var: Any, name: str, own: bool, alone: bool) -> Orig
         return origin._replace(made=Made.CLOSED, varies=big(shape_of(var)))
     is_stopped = name == "stop_gradient" or not is_kind(var, jnp.inexact)
     if is_stopped and not own and origin.made == Made.DATA:
-        return origin._replace(
-            made=Made.RAW
-        )  # as if it were an argument: the ascent of `w + stop_gradient(step)`
+        # As if it were an argument: the ascent of `w + stop_gradient(step)`.
+        return origin._replace(made=Made.RAW)
     return origin._replace(made=Made.FROZEN) if is_stopped and not own and origin.has_params else origin
 
 
