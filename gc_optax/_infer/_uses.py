@@ -53,8 +53,8 @@ class Use(NamedTuple):
     # The labels of dimensions along which it is repeated, as a scale of what varies there.
     spread: Labels = NONE
     # The rows (see `Piece`) that it is one piece of, and has no dimension of, and their labels: for `w[0]` in
-    # `x @ jnp.stack([w[0], w[1]])` the stack, and `in`. What is in a row stays in it, in a piece or here, until
-    # all of the row is found together (`put_together`) or another takes its place (`alone`).
+    # `x @ jnp.stack([w[0], w[1]])` the stack, and `in`. What is in a row stays in it, in a piece or here,
+    # until all of the row is found together (`put_together`) or another takes its place (`alone`).
     hidden: frozenset[tuple[Hashable, Labels]] = frozenset()
     # The part of the array that is used so, if it is only a part.
     window: Window = ()
