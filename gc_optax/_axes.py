@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,11 @@ class WeightAxes:
         return optax.contrib.MuonDimensionNumbers(self.fan_in, self.fan_out)
 
 
+# Of what is long, a string or what a user's own class prints, the beginning and the end.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+
+
 def left_alone(why: str, op: str = "") -> WeightAxes:
     """The axes of a parameter that is not centralized."""
     return WeightAxes((), (), op, why)
@@ -112,7 +118,9 @@ def applicable(axes: WeightAxes, leaf: Any) -> WeightAxes:
 
 def describe_leaf(leaf: Any) -> str:
     """A leaf in words, for `why` and for error messages: an array has thousands of numbers to print."""
-    return f"an array of dtype {leaf.dtype} and shape {leaf.shape}" if is_array_like(leaf) else repr(leaf)
+    if is_array_like(leaf):
+        return f"an array of dtype {leaf.dtype} and shape {leaf.shape}"
+    return _SHORT.repr(leaf)
 
 
 def is_axis(given: Any) -> bool:

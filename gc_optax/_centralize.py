@@ -9,6 +9,7 @@ from ._axes import Axes, Mask, PyTree, WeightAxes, is_absent
 from ._mean import subtract_mean
 from ._mesh import PartitionSpecs, Split, mesh_axes, require_shard_map, settle_splits, whole
 from ._resolve import settle
+from ._text import describe
 
 Where = Literal["gradients", "updates"]
 
@@ -198,7 +199,8 @@ def centralized(
         if not isinstance(state, optax.EmptyState):
             raise ValueError(
                 "centralization must be without state, so that the state of the optimizer stays as it is; "
-                f"its init gave {state!r}. To mask, use centralize(mask=...)"
+                f"its init gave {describe(state)}. To mask, use centralize(mask=...); and the optimizer "
+                "comes first: centralized(optimizer, centralize(...))"
             )
         return inner.init(params)
 
@@ -235,5 +237,8 @@ def _project(updates: PyTree, settled: list[WeightAxes], splits: list[Split]) ->
 def _with_extra_args(role: str, given: Any) -> optax.GradientTransformationExtraArgs:
     """`given` as a transformation whose `update` takes extra arguments; `role` is its name in an error."""
     if not isinstance(given, optax.GradientTransformation):
-        raise TypeError(f"{role} must be an optax.GradientTransformation, got {given!r}")
+        raise TypeError(
+            f"{role} must be an optax.GradientTransformation, got {describe(given)}. "
+            "Axes go into one: centralization=gc_optax.centralize(axes)"
+        )
     return optax.with_extra_args_support(given)

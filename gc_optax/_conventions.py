@@ -114,7 +114,7 @@ def conv_only(axes: Axes) -> Axes:
     if axes is None:
         raise TypeError("conv_only needs a tree of WeightAxes or a convention such as out_last, got None")
     if is_function(axes):
-        return lambda params: conv_only(axes(params))
+        return lambda params: jtu.tree_map_with_path(_keep_convolution, axes(params))
     return jtu.tree_map_with_path(_keep_convolution, axes)
 
 
@@ -123,7 +123,7 @@ def _keep_convolution(path: Path, axes: Any) -> WeightAxes:
     if not isinstance(axes, WeightAxes):
         raise TypeError(
             f"conv_only needs a WeightAxes at every leaf, to know which are convolutions; "
-            f"at {at(path)} there is {axes!r}"
+            f"at {at(path)} there is {describe(axes)}"
         )
     return axes if axes.op == _CONV or not axes.fan_in else left_alone("no convolution", op=axes.op)
 

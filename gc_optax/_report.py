@@ -97,7 +97,7 @@ def summarize(params: PyTree, axes: Axes = None, *, mask: Mask = None, gradients
     Raises:
         ValueError: as the `init` of `centralize`; and if `gradients` does not have an array of the same
             shape for each parameter.
-        TypeError: as the `init` of `centralize`.
+        TypeError: as the `init` of `centralize`; and if `params` is a tree of axes.
         ImportError: if `rich` is not installed.
 
     Example:
@@ -123,6 +123,8 @@ def summarize(params: PyTree, axes: Axes = None, *, mask: Mask = None, gradients
         for (path, leaf), weight in zip(places, settled, strict=True)
         if is_array_like(leaf)
     ]
+    if settled and not arrays and any(isinstance(leaf, WeightAxes) for _, leaf in places):
+        raise TypeError("summarize needs the parameters, and then their axes: summarize(params, axes)")
     if gradients is None:
         rows = [_row(*leaf) for leaf in arrays]
     else:

@@ -22,6 +22,7 @@ from ._axes import (
     PyTree,
     WeightAxes,
     applicable,
+    describe_leaf,
     is_absent,
     is_array_like,
     is_axis,
@@ -137,7 +138,7 @@ def _axis_tuple(given: Any, where: str) -> tuple[int, ...]:
     """An axis or several as ints of Python: 0 is (0,)."""
     axes = (given,) if is_axis(given) else given
     if not (isinstance(axes, tuple | list) and all(map(is_axis, axes))):
-        raise TypeError(f"axes for {where} must be ints, got {given!r}")
+        raise TypeError(f"axes for {where} must be ints, got {describe_leaf(given)}")
     return tuple(map(operator.index, axes))
 
 
@@ -160,7 +161,9 @@ def _as_bool(keep: Any, where: str) -> bool:
     is_bool = isinstance(keep, bool) or (is_array_like(keep) and keep.dtype == jnp.bool_ and keep.shape == ())
     if is_bool and not isinstance(keep, jax.core.Tracer):
         return bool(keep)
-    raise TypeError(f"mask for {where} must be a bool that is known when the update is traced, got {keep!r}")
+    raise TypeError(
+        f"mask for {where} must be a bool that is known when the update is traced, got {describe(keep)}"
+    )
 
 
 def _warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes]) -> None:

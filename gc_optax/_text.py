@@ -10,6 +10,9 @@ from ._axes import Path, describe_leaf, is_absent, is_array_like
 # The step into a box that holds one array, an NNX variable or a `Partitioned` array of Linen: no name.
 BOX: Path = (jtu.GetAttrKey("value"),)
 
+_MOST_CHILDREN = 8
+_LONGEST_PATH = 300
+
 # Whose functions may stand between a user's line and ours: `jax.jit`, `nnx.Optimizer`, the `init` of a chain.
 _LIBRARIES = ("gc_optax", "optax", "jax", "flax", "contextlib", "equinox")
 
@@ -20,8 +23,9 @@ def place(path: Path, leaf: Any) -> str:
 
 
 def at(path: Path) -> str:
-    """A path as one types it in Python: "['Dense_0']['kernel']"."""
-    return jtu.keystr(path) or "the root"
+    """A path as one types it in Python: "['Dense_0']['kernel']". Of a very long one, both ends."""
+    text, half = jtu.keystr(path) or "the root", _LONGEST_PATH // 2
+    return text if len(text) <= _LONGEST_PATH else f"{text[:half]} ... {text[-half:]}"
 
 
 def path_text(path: Path) -> str:
@@ -31,11 +35,18 @@ def path_text(path: Path) -> str:
 
 
 def describe(node: Any) -> str:
-    """A leaf or a tree in words: "an array of dtype float32 and shape (4,)", "a dict with ['a'], ['b']"."""
+    """A leaf or a tree in words: "an array of dtype float32 and shape (4,)", "a dict with ['a'], ['b']".
+
+    It stays short, whatever it is given: of many children the first few are named.
+    """
     if is_absent(node) or jtu.all_leaves([node]):
         return describe_leaf(node)
     children, _ = children_of(node)
-    return f"a {type(node).__name__} with {', '.join(at(key) for key, _ in children) or 'nothing'}"
+    named = [at(key) for key, _ in children[:_MOST_CHILDREN]]
+    more = len(children) - len(named)
+    return f"a {type(node).__name__} with {', '.join(named) or 'nothing'}" + (
+        f" and {more} more" if more else ""
+    )
 
 
 def children_of(node: Any) -> tuple[list[tuple[Path, Any]], jtu.PyTreeDef]:

@@ -10,6 +10,7 @@ except ImportError as error:
 
 from ._axes import PyTree
 from ._infer import infer_axes as _infer_axes
+from ._text import describe
 
 
 def infer_axes(
@@ -78,7 +79,10 @@ def infer_axes(
         https://flax.readthedocs.io/en/latest/guides/filters_guide.html
     """
     if not callable(fn):
-        raise TypeError(f"fn must be a function of the model, got {fn!r}")
+        raise TypeError(
+            f"fn must be a function of the model, got {describe(fn)}; "
+            "it comes first: infer_axes(fn, model, batch)"
+        )
     graphdef, *states = nnx.split(model, wrt, ...)
     params, rest = states
     if not params:

@@ -32,9 +32,11 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, cast, overload
 
+import jax
 import optax
 import optax.contrib
 
+from ._axes import WeightAxes
 from ._centralize import Where, centralized
 
 _P = ParamSpec("_P")
@@ -59,6 +61,12 @@ class _Factory(Protocol[_P]):
 
 def _centralized(factory: Callable[_P, optax.GradientTransformation]) -> _Factory[_P]:
     def make(*args: Any, centralization: _Given = None, where: Where = "gradients", **kwargs: Any) -> _Made:
+        for given in (*args, *kwargs.values()):
+            if any(isinstance(leaf, WeightAxes) for leaf in jax.tree.leaves(given)):
+                raise TypeError(
+                    f"{factory.__name__} got axes as an argument of optax's own. They go into what "
+                    f"centralizes: {factory.__name__}(1e-3, centralization=gc_optax.centralize(axes))"
+                )
         return centralized(factory(*args, **kwargs), centralization, where=where)
 
     ours, theirs = inspect.signature(make), inspect.signature(factory).parameters

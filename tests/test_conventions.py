@@ -430,3 +430,9 @@ def test_kernels_that_are_masked_out_are_not_warned_of():
 def test_the_pure_function_warns_too():
     with pytest.warns(UserWarning, match=re.escape("the root, shape (2, 3, 4)")):
         gc_optax.centralize_gradients(jnp.ones((2, 3, 4)))
+
+
+def test_conv_only_of_a_convention_takes_any_tree():
+    assert conv_only(out_last)(None) is None
+    assert gc_optax.centralize_gradients(None, conv_only(out_last)) is None
+    assert gc_optax.centralize_gradients({}, conv_only(out_last)) == {}

@@ -26,7 +26,7 @@ from optimizer_cases import (
     weight_sums,
 )
 
-from gc_optax import centralize, centralized, optimizers
+from gc_optax import centralize, centralized, infer_axes, optimizers
 
 pytestmark = pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated:DeprecationWarning")
 
@@ -236,3 +236,14 @@ def test_the_averages_of_schedule_free_keep_their_sums_where_it_wraps_a_centrali
     sums, averages = jax.jit(lambda: eval_sums(outside))()
     np.testing.assert_allclose(sums, weight_sums(PARAMS), rtol=0, atol=1e-4)
     assert np.max(abs(averages - weight_sums(PARAMS))) > 0.1
+
+
+@pytest.mark.parametrize(
+    "given", [{"args": (1e-3,)}, {"args": (1e-3, 0.9)}, {"args": (1e-3,), "mask": True}], ids=str
+)
+def test_axes_among_the_arguments_of_optax_are_refused(given):
+    axes = infer_axes(lambda w, x: x @ w, jnp.ones((3, 2)), jnp.ones((4, 3)))
+    keywords = {"mask": {"kernel": axes}} if "mask" in given else {}
+    arguments = given["args"] if keywords else (*given["args"], {"kernel": axes})
+    with pytest.raises(TypeError, match=re.escape("adamw(1e-3, centralization=gc_optax.centralize(axes))")):
+        optimizers.adamw(*arguments, **keywords)

@@ -272,3 +272,8 @@ def test_rich_is_needed_for_summarize_only():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "summarize needs Rich: pip install 'gc_optax[report]'\n"
+
+
+def test_axes_are_no_parameters():
+    with pytest.raises(TypeError, match=r"summarize\(params, axes\)"):
+        summarize({"kernel": WeightAxes((0,))})

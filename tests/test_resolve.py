@@ -157,7 +157,7 @@ def test_masks_are_those_of_optax(mask, expected):
         ),
         ({"Dense_0": True, "stack": 1}, TypeError, "got 1"),
         ({"Dense_0": True, "stack": None}, TypeError, "got None"),
-        ({"Dense_0": True, "stack": {"a": True}}, TypeError, "got {'a': True}"),
+        ({"Dense_0": True, "stack": {"a": True}}, TypeError, "got a dict with ['a']"),
         ({"Dense_0": True, "stack": np.array([True])}, TypeError, "mask for ['stack']"),
     ],
 )

@@ -9,7 +9,7 @@ import numpy as np
 from jax import tree_util as jtu
 
 from .._axes import PyTree, WeightAxes, applicable, is_array_like, left_alone
-from .._text import place, stacklevel_of_the_user
+from .._text import describe, place, stacklevel_of_the_user
 from ._origins import Made, Origin, big
 from ._program import shape_of
 from ._uses import OUT, OUTPUT, Use, Uses, listed
@@ -79,7 +79,10 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
         The primitives are those of https://docs.jax.dev/en/latest/jax.lax.html
     """
     if not callable(fn):
-        raise TypeError(f"fn must be a function of the parameters, got {fn!r}")
+        raise TypeError(
+            f"fn must be a function of the parameters, got {describe(fn)}; "
+            "it comes first: infer_axes(fn, params, batch)"
+        )
     places, structure = jtu.tree_flatten_with_path(params)
     others, others_structure = jax.tree.flatten((args, kwargs))
     given = [leaf for _, leaf in places] + others
@@ -92,7 +95,7 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
         arrays = [output for output in jax.tree.leaves(outputs) if is_array_like(output)]
         if not arrays:
             raise TypeError(
-                f"fn has to return what depends on the parameters, an array; it returned {outputs!r}"
+                f"fn has to return what depends on the parameters, an array; it returned {describe(outputs)}"
             )
         return arrays
 
