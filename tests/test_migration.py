@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import optax
 import pytest
@@ -83,11 +84,50 @@ def test_the_numbers_are_those_of_the_tables():
         assert any(f"| {number} ± " in line for line in tables), number
 
 
-def test_keras_fits_with_centralized_gradients():
+def keras_block():
     (block,) = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
     namespace = {}
     exec(block, namespace)
-    model = namespace["model"]
+    return namespace
+
+
+def test_keras_gives_each_layer_its_own_gradient_whatever_the_layers_are_called():
+    class Twins(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (keras.layers.Dense(8, name="dense") for _ in range(2))
+            self.head = keras.layers.Dense(1)
+
+        def call(self, inputs):
+            return self.head(self.second(keras.ops.relu(self.first(inputs))))
+
+    optimizer_of = keras_block()["CentralizedAdam"]
+    inputs = np.random.default_rng(0).uniform(size=(16, 8)).astype(np.float32)
+    steps = {}
+    for is_given in (False, True):
+        keras.utils.set_random_seed(0)
+        model = Twins()
+        model(inputs)
+        variables = model.trainable_variables
+        assert len({variable.path for variable in variables}) < len(variables)
+        gradients = [np.full(v.shape, 1.0 + n, np.float32) for n, v in enumerate(variables)]
+        for gradient in gradients:
+            gradient[0] *= 2
+        optimizer = optimizer_of(1e-2)
+        optimizer.build(variables)
+        before = [np.asarray(variable.value) for variable in variables]
+        optimizer.apply(gradients, variables) if is_given else optimizer.apply(gradients)
+        steps[is_given] = [np.asarray(v.value) - old for v, old in zip(variables, before, strict=True)]
+        moments = [v for v in optimizer.variables if v.path.endswith("_momentum")]
+        for moment, gradient in zip(moments, gradients, strict=True):
+            expected = gradient - gradient.mean(0) if gradient.ndim == 2 else gradient
+            np.testing.assert_allclose(np.asarray(moment.value), 0.1 * expected, rtol=1e-5)
+    for one, other in zip(steps[False], steps[True], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_keras_fits_with_centralized_gradients():
+    model = keras_block()["model"]
     inputs = np.random.default_rng(0).uniform(size=(16, 8)).astype(np.float32)
     model.fit(inputs, inputs.sum(1, keepdims=True), epochs=1, batch_size=16, verbose=0)
     first_moments = {
