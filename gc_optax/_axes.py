@@ -34,6 +34,8 @@ class WeightAxes:
         op: the JAX primitive in which the weight meets the data (`"dot_general"`,
             `"conv_general_dilated"`), as far as it is known.
         why: for a reader, where the axes come from or why the parameter is left alone.
+        rank: the number of axes of the parameter that they were read from, where `infer_axes` or a
+            convention did. A parameter of another rank, as in a stack of such models, is refused.
 
     Raises:
         TypeError: if `fan_in` or `fan_out` is not a tuple of ints.
@@ -51,6 +53,7 @@ class WeightAxes:
     fan_out: tuple[int, ...] = ()
     op: str = ""
     why: str = ""
+    rank: int | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for field, axes in (("fan_in", self.fan_in), ("fan_out", self.fan_out)):
@@ -113,7 +116,8 @@ def applicable(axes: WeightAxes, leaf: Any) -> WeightAxes:
     fan_in = math.prod(leaf.shape[axis] for axis in axes.fan_in)
     if axes.fan_in and fan_in < 2:
         return left_alone(f"fan-in {fan_in}: nothing would be left of the gradient", op=axes.op)
-    return axes
+    is_known = axes.rank is not None or not axes.fan_in
+    return axes if is_known else dataclasses.replace(axes, rank=len(leaf.shape))
 
 
 def describe_leaf(leaf: Any) -> str:

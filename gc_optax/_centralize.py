@@ -65,7 +65,8 @@ def centralize(
 
     Raises:
         ValueError: from `init` and `update`, if `axes` or `mask` does not have the structure of the
-            parameters, or if an axis is repeated or out of range. The message names the parameter.
+            parameters, if an axis is repeated or out of range, or if axes that were read from a parameter of
+            one rank are given for one of another. The message names the parameter.
             Likewise, if a spec of `partition_specs` has more entries than the parameter has axes, leaves
             one unconstrained, names a mesh axis twice, or names one that is not manual there. From
             `update`, if `partition_specs` is given and no mesh axis is manual.

@@ -145,6 +145,11 @@ def _axis_tuple(given: Any, where: str) -> tuple[int, ...]:
 def _in_range(axes: WeightAxes, leaf: Any, where: str) -> WeightAxes:
     """The same axes counted from the front, or an error where `leaf` does not have them."""
     rank = len(leaf.shape) if is_array_like(leaf) else 0
+    if axes.rank not in (None, rank):
+        raise ValueError(
+            f"axes for {where}: they were read from a parameter of rank {axes.rank}. For a stack of models "
+            "or of layers, read them from the stacked one, or update each member by itself, inside jax.vmap"
+        )
     for axis in axes.fan_in + axes.fan_out:
         if not -rank <= axis < rank:
             raise ValueError(f"axes for {where}: axis {axis} is out of range for rank {rank}")
@@ -153,7 +158,7 @@ def _in_range(axes: WeightAxes, leaf: Any, where: str) -> WeightAxes:
     if len(set(fan_in + fan_out)) < len(fan_in + fan_out):
         named = f"fan_in {axes.fan_in}" + (f", fan_out {axes.fan_out}" if axes.fan_out else "")
         raise ValueError(f"axes for {where}: an axis is repeated in {named}")
-    return dataclasses.replace(axes, fan_in=fan_in, fan_out=fan_out)
+    return dataclasses.replace(axes, fan_in=fan_in, fan_out=fan_out, rank=rank)
 
 
 def _as_bool(keep: Any, where: str) -> bool:

@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax import ShapeDtypeStruct as Shape
 
+import gc_optax
 from gc_optax import WeightAxes, out_last
 from gc_optax._resolve import settle
 
@@ -197,3 +198,32 @@ def test_settled_axes_are_not_negative_and_keep_their_use_when_masked_out():
     kept, masked = (settle(leaf(2, 3, 4), axes, mask)[0] for mask in (True, False))
     assert (kept.fan_in, kept.fan_out, kept.op) == ((1,), (2,), "dot_general")
     assert (masked.fan_in, masked.op) == ((), "dot_general")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda params: gc_optax.infer_axes(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((5, 3))),
+        gc_optax.out_last,
+        lambda params: gc_optax.conv_only(
+            {"w": gc_optax.WeightAxes((0,), op="conv_general_dilated", rank=2), "b": gc_optax.WeightAxes(())}
+        ),
+    ],
+)
+def test_axes_of_one_member_are_refused_for_a_stack_of_them(read):
+    member = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf * k for k in range(4)]), member)
+    axes = read(member)
+    message = r"\['w'\], shape \(4, 3, 2\): they were read from a parameter of rank 2"
+    with pytest.raises(ValueError, match=message):
+        gc_optax.centralize(axes).init(stack)
+    with pytest.raises(ValueError, match=message):
+        gc_optax.centralize_gradients(stack, axes)
+    each = jax.vmap(lambda gradients: gc_optax.centralize_gradients(gradients, axes))(stack)
+    assert jnp.abs(each["w"].sum(1)).max() < 1e-6
+
+
+def test_axes_of_ones_own_have_no_rank():
+    stack = jnp.arange(24.0).reshape(4, 3, 2)
+    centralized = gc_optax.centralize_gradients(stack, gc_optax.WeightAxes((1,)))
+    assert jnp.abs(centralized.sum(1)).max() < 1e-6
