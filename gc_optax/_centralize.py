@@ -7,7 +7,7 @@ import optax
 
 from ._axes import Axes, Mask, PyTree, WeightAxes, is_absent
 from ._mean import subtract_mean
-from ._mesh import PartitionSpecs, Split, mesh_axes, require_shard_map, settle_splits, whole
+from ._mesh import PartitionSpecs, Split, mesh_axes, require_shard_map, settle_splits, warn_of_shards, whole
 from ._resolve import settle
 from ._text import describe
 
@@ -31,7 +31,8 @@ def centralize(
     Integer, bool, `float0` and empty leaves, leaves with a fan-in below 2, `None` and
     `optax.MaskedNode` pass through as they are. Below float32, the mean is taken and subtracted in
     float32 and the difference rounded once. Under `jit`, sharded gradients give what unsharded ones
-    give; inside `shard_map` they do with `partition_specs`, and without them the mean is that of the shard.
+    give; inside `shard_map` they do with `partition_specs`. Without them the mean there is that of the shard,
+    and a warning names the gradients that may be a part of a larger one.
 
     Compiled together with an optimizer, it reads each gradient once more than the optimizer does. The
     subtraction becomes a part of the optimizer's own loops: no centralized copy is written, but for
@@ -106,6 +107,8 @@ def centralize(
         del params
         splits = _splits_of_shards(updates, partition_specs)
         settled = settle(whole(updates, splits), axes, mask, silent=True)
+        if partition_specs is None:
+            warn_of_shards(updates, settled)
         return _project(updates, settled, splits), state
 
     return optax.GradientTransformation(init, update)
@@ -141,6 +144,8 @@ def centralize_gradients(
     """
     splits = _splits_of_shards(gradients, partition_specs)
     settled = settle(whole(gradients, splits), axes, mask)
+    if partition_specs is None:
+        warn_of_shards(gradients, settled)
     return _project(gradients, settled, splits)
 
 

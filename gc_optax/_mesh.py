@@ -6,17 +6,19 @@ Under `jit` an array is whole, however it is sharded, and XLA takes its mean acr
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax import tree_util as jtu
 from jax.sharding import PartitionSpec
 
-from ._axes import Path, PyTree, is_absent, is_array_like
+from ._axes import Path, PyTree, WeightAxes, is_absent, is_array_like
 from ._resolve import match, resolve
-from ._text import describe, place
+from ._text import describe, place, stacklevel_of_the_user
 
 PartitionSpecs = PyTree | Callable[[PyTree], PyTree] | None
 
@@ -42,6 +44,32 @@ def require_shard_map() -> None:
         raise ValueError(
             "partition_specs are for gradients inside jax.shard_map, each of them a shard, and here no mesh "
             "axis is manual. Under jit the mean of a sharded gradient is that of the whole: leave them out"
+        )
+
+
+def warn_of_shards(updates: PyTree, settled: list[WeightAxes]) -> None:
+    """Warns inside `shard_map` of gradients that may be shards, where nobody said how they are split.
+
+    JAX knows along which mesh axes an array varies, unless `shard_map` has `check_vma=False`: then any may.
+    """
+    manual = [name for name in _manual_axes() if lax.axis_size(name) > 1]
+    if not manual:
+        return
+    is_checked = bool(_varying(lax.axis_index(manual[0])))
+    places, _ = jtu.tree_flatten_with_path(updates, is_leaf=is_absent)
+    lines = [
+        f"  {place(path, leaf)}: mean over axes {axes.fan_in}, may be split by {', '.join(varying)}"
+        for (path, leaf), axes in zip(places, settled, strict=True)
+        if axes.fan_in and (varying := [name for name in manual if not is_checked or name in _varying(leaf)])
+    ]
+    if lines:
+        warnings.warn(
+            "inside jax.shard_map gc_optax sees one shard of each gradient, and takes the mean of the shard. "
+            "These may be parts of a larger one:\n" + "\n".join(lines) + "\n"
+            "Say how they are split, with centralize(axes, partition_specs=...), or that each is whole, with "
+            "centralize(axes, partition_specs=jax.sharding.PartitionSpec()).",
+            UserWarning,
+            stacklevel=stacklevel_of_the_user(),
         )
 
 
@@ -72,6 +100,14 @@ def _manual_axes() -> tuple[str, ...]:
     """The mesh axes that the `shard_map` around this splits arrays by; outside of one there are none."""
     axes: tuple[str, ...] = jax.sharding.get_abstract_mesh().manual_axes
     return axes
+
+
+def _varying(array: Any) -> frozenset[str]:
+    """The mesh axes along which JAX knows an array to vary; none where `shard_map` has `check_vma=False`."""
+    aval: Any = jax.typeof(array)
+    # Later versions of JAX have it as a part of `mat`.
+    varying: frozenset[str] = aval.vma if hasattr(aval, "vma") else aval.mat.varying
+    return varying
 
 
 def _whole_shape(shard: jax.Array, split: Split) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Gradients that are shards: `partition_specs` inside `shard_map`."""
 
 import re
+import warnings
 
 import flax.linen as nn
 import jax
@@ -203,6 +204,53 @@ def test_only_some_mesh_axes_are_manual(mesh):
         lambda g: centralize_gradients(g, (0, 2), partition_specs=spec), mesh, spec, axis_names={"fsdp"}
     )
     np.testing.assert_allclose(project(gradient), centralize_gradients(gradient, (0, 2)), rtol=0, atol=1e-6)
+
+
+NOT_SAID = {
+    "one that varies": ({"w": P("fsdp")}, {}, r"\['w'\], shape \(2, 6\): .* may be split by fsdp\n"),
+    "by both": ({"w": P("fsdp", "tp")}, {}, r"\['w'\], shape \(2, 3\): .* may be split by fsdp, tp\n"),
+    "not checked": ({"w": P()}, {"check_vma": False}, r"\['w'\], .* may be split by fsdp, tp\n"),
+    "one axis manual": ({"w": P("tp")}, {"axis_names": {"tp"}}, r"\['w'\], .* may be split by tp\n"),
+}
+
+
+@pytest.mark.parametrize(("specs", "options", "message"), NOT_SAID.values(), ids=NOT_SAID)
+def test_a_shard_of_which_nobody_said_so_is_warned_about(specs, options, message, mesh):
+    gradients, specs = {"b": normal(8), "w": normal(8, 6)}, {"b": P(), **specs}
+    project = on_shards(lambda g: through_optimizer(g, {"w": 0, "b": None}), mesh, specs, **options)
+    with pytest.warns(UserWarning, match=message) as caught:
+        project(gradients)
+    (warning,) = [warning for warning in caught if "gc_optax" in str(warning.message)]
+    assert warning.filename == __file__
+    assert "['b']" not in str(warning.message)
+    with pytest.warns(UserWarning, match=message):
+        on_shards(lambda g: centralize_gradients(g, {"w": 0, "b": None}), mesh, specs, **options)(gradients)
+
+
+SAID = {
+    "whole": (P("fsdp"), {"partition_specs": P()}, {}),
+    "whole, not checked": (P("fsdp"), {"partition_specs": P()}, {"check_vma": False}),
+    "checked to be whole": (P(), {}, {}),
+    "left alone": (P("fsdp"), {"mask": False}, {}),
+}
+
+
+@pytest.mark.parametrize(("spec", "arguments", "options"), SAID.values(), ids=SAID)
+def test_nothing_is_warned_of_where_nothing_can_be_wrong(spec, arguments, options, mesh):
+    gradient, project = (
+        normal(8, 6),
+        on_shards(lambda g: through_optimizer(g, 0, **arguments), mesh, spec, **options),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        project(gradient)
+
+
+def test_a_mesh_of_one_device_splits_nothing():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    gradient = normal(8, 6)
+    centralized_shard = on_shards(lambda g: centralize_gradients(g, 0), mesh, P("data"))(gradient)
+    np.testing.assert_allclose(centralized_shard, centralize_gradients(gradient, 0), rtol=0, atol=1e-6)
 
 
 def test_pmap_is_a_shard_map():
