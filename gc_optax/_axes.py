@@ -28,14 +28,16 @@ class WeightAxes:
     An empty `fan_in` means "leave this parameter alone". JAX treats a `WeightAxes` as one leaf of a
     tree, so a tree of them has the structure of the parameters.
 
+    What `infer_axes` or a convention returns knows in its attribute `rank` how many axes the parameter has
+    that it was read from, and is refused for another, as in a stack of such models. What you make yourself,
+    also by `dataclasses.replace`, has the rank `None` and is for any.
+
     Args:
         fan_in: the axes that are averaged over. Negative axes count from the end.
         fan_out: the axes that tell one weight vector from another.
         op: the JAX primitive in which the weight meets the data (`"dot_general"`,
             `"conv_general_dilated"`), as far as it is known.
         why: for a reader, where the axes come from or why the parameter is left alone.
-        rank: the number of axes of the parameter that they were read from, where `infer_axes` or a
-            convention did. A parameter of another rank, as in a stack of such models, is refused.
 
     Raises:
         TypeError: if `fan_in` or `fan_out` is not a tuple of ints.
@@ -53,12 +55,12 @@ class WeightAxes:
     fan_out: tuple[int, ...] = ()
     op: str = ""
     why: str = ""
-    rank: int | None = dataclasses.field(default=None, repr=False, compare=False)
+    rank: int | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for field, axes in (("fan_in", self.fan_in), ("fan_out", self.fan_out)):
             if not (isinstance(axes, tuple) and all(map(is_axis, axes))):
-                raise TypeError(f"WeightAxes.{field} must be a tuple of ints, got {axes!r}")
+                raise TypeError(f"WeightAxes.{field} must be a tuple of ints, got {describe_leaf(axes)}")
 
     def to_muon(self) -> optax.contrib.MuonDimensionNumbers | None:
         """The same axes for `optax.contrib.muon`, which orthogonalizes the matrix that they make.
@@ -97,6 +99,8 @@ class WeightAxes:
         return optax.contrib.MuonDimensionNumbers(self.fan_in, self.fan_out)
 
 
+NOTHING_LEFT = "nothing would be left of the gradient"
+
 # Of what is long, a string or what a user's own class prints, the beginning and the end.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
@@ -115,16 +119,34 @@ def applicable(axes: WeightAxes, leaf: Any) -> WeightAxes:
         return left_alone("empty", op=axes.op)
     fan_in = math.prod(leaf.shape[axis] for axis in axes.fan_in)
     if axes.fan_in and fan_in < 2:
-        return left_alone(f"fan-in {fan_in}: nothing would be left of the gradient", op=axes.op)
-    is_known = axes.rank is not None or not axes.fan_in
-    return axes if is_known else dataclasses.replace(axes, rank=len(leaf.shape))
+        return left_alone(f"fan-in {fan_in}: {NOTHING_LEFT}", op=axes.op)
+    return axes
+
+
+def read_from(leaf: Any, axes: WeightAxes) -> WeightAxes:
+    """`axes` that were read from `leaf`, where they are applicable: they know its rank."""
+    known = applicable(axes, leaf)
+    if not known.fan_in:
+        return known
+    known = dataclasses.replace(known)
+    object.__setattr__(known, "rank", len(leaf.shape))
+    return known
 
 
 def describe_leaf(leaf: Any) -> str:
     """A leaf in words, for `why` and for error messages: an array has thousands of numbers to print."""
     if is_array_like(leaf):
         return f"an array of dtype {leaf.dtype} and shape {leaf.shape}"
-    return _SHORT.repr(leaf)
+    try:
+        text = _SHORT.repr(leaf)
+    except Exception:  # what a user's class prints may fail, and an int of thousands of digits does
+        text = f"an object of type {type(leaf).__name__}"
+    return shortened(text)
+
+
+def shortened(text: str, most: int = 400) -> str:
+    """Of a text that is too long for a message, both ends."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def is_axis(given: Any) -> bool:

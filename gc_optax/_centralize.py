@@ -194,7 +194,7 @@ def centralized(
         https://github.com/Yonghongwei/Gradient-Centralization
     """
     if where not in get_args(Where):
-        raise ValueError(f'where must be "gradients" or "updates", got {where!r}')
+        raise ValueError(f'where must be "gradients" or "updates", got {describe(where)}')
     if centralization is None:
         centralization = centralize()
     inner = _with_extra_args("optimizer", optimizer)

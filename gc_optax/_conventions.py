@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import tree_util as jtu
 
-from ._axes import Axes, Path, PyTree, WeightAxes, applicable, is_function, is_inexact, left_alone
+from ._axes import Axes, Path, PyTree, WeightAxes, is_function, is_inexact, left_alone, read_from
 from ._text import BOX, at, describe
 
 _DOT = "dot_general"
@@ -188,7 +188,7 @@ def _read(rule: Callable[[_Name, tuple[int, ...]], _Reading], path: Path, leaf: 
     if why_not:
         return _Reading(left_alone(why_not), settled=True)
     reading = rule(name, leaf.shape)
-    return reading._replace(axes=applicable(reading.axes, leaf))
+    return reading._replace(axes=read_from(leaf, reading.axes))
 
 
 def _out_last_kernel(attention: set[tuple[str, ...]], name: _Name, shape: tuple[int, ...]) -> _Reading:

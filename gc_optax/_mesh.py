@@ -16,7 +16,7 @@ from jax import lax
 from jax import tree_util as jtu
 from jax.sharding import PartitionSpec
 
-from ._axes import Path, PyTree, WeightAxes, is_absent, is_array_like
+from ._axes import NOTHING_LEFT, Path, PyTree, WeightAxes, is_absent, is_array_like
 from ._resolve import match, resolve
 from ._text import describe, place, stacklevel_of_the_user
 
@@ -24,6 +24,9 @@ PartitionSpecs = PyTree | Callable[[PyTree], PyTree] | None
 
 # For the leading dimensions of an array, the mesh axes that split each. Further dimensions are not split.
 Split = tuple[tuple[str, ...], ...]
+
+
+_MOST_LINES = 8
 
 
 def settle_splits(params: PyTree, partition_specs: PartitionSpecs) -> list[Split]:
@@ -58,16 +61,19 @@ def warn_of_shards(updates: PyTree, settled: list[WeightAxes]) -> None:
     is_checked = bool(_varying(lax.axis_index(manual[0])))
     places, _ = jtu.tree_flatten_with_path(updates, is_leaf=is_absent)
     lines = [
-        f"  {place(path, leaf)}: mean over axes {axes.fan_in}, may be split by {', '.join(varying)}"
+        f"  {place(path, leaf)}: may be split by {', '.join(varying)}"
         for (path, leaf), axes in zip(places, settled, strict=True)
-        if axes.fan_in and (varying := [name for name in manual if not is_checked or name in _varying(leaf)])
+        if (axes.fan_in or NOTHING_LEFT in axes.why)
+        and (varying := [name for name in manual if not is_checked or name in _varying(leaf)])
     ]
     if lines:
+        more = [f"  and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+        shown = lines[:_MOST_LINES] + more
         warnings.warn(
-            "inside jax.shard_map gc_optax sees one shard of each gradient, and takes the mean of the shard. "
-            "These may be parts of a larger one:\n" + "\n".join(lines) + "\n"
-            "Say how they are split, with centralize(axes, partition_specs=...), or that each is whole, with "
-            "centralize(axes, partition_specs=jax.sharding.PartitionSpec()).",
+            "inside jax.shard_map and jax.pmap gc_optax sees one shard of each gradient, and takes the mean "
+            "of the shard. These may be parts of a larger one:\n" + "\n".join(shown) + "\n"
+            "Say how they are split, with centralize(axes, partition_specs=...), or that each is whole, as "
+            "it is after a pmean, with centralize(axes, partition_specs=jax.sharding.PartitionSpec()).",
             UserWarning,
             stacklevel=stacklevel_of_the_user(),
         )

@@ -115,16 +115,16 @@ def summarize(params: PyTree, axes: Axes = None, *, mask: Mask = None, gradients
     References:
         The table is made by Rich, https://rich.readthedocs.io
     """
-    settled = settle(params, axes, mask)
     places, _ = jtu.tree_flatten_with_path(params, is_leaf=is_absent)
+    if any(isinstance(leaf, WeightAxes) for _, leaf in places):
+        raise TypeError("summarize needs the parameters, and then their axes: summarize(params, axes)")
+    settled = settle(params, axes, mask)
     # A module may have functions and numbers for leaves too.
     arrays = [
         (path, leaf, weight)
         for (path, leaf), weight in zip(places, settled, strict=True)
         if is_array_like(leaf)
     ]
-    if settled and not arrays and any(isinstance(leaf, WeightAxes) for _, leaf in places):
-        raise TypeError("summarize needs the parameters, and then their axes: summarize(params, axes)")
     if gradients is None:
         rows = [_row(*leaf) for leaf in arrays]
     else:

@@ -28,6 +28,7 @@ from ._axes import (
     is_axis,
     is_function,
     left_alone,
+    shortened,
 )
 from ._conventions import out_last, read_out_last
 from ._text import BOX, at, children_of, describe, place, stacklevel_of_the_user
@@ -108,10 +109,10 @@ def _settle_leaf(path: Path, leaf: Any, given: Any, keep: Any) -> WeightAxes:
     if is_absent(leaf):
         return left_alone("absent")
     where = place(path, leaf)
-    axes = _in_range(_as_weight_axes(given, where), leaf, where)
+    axes = _as_weight_axes(given, where)
     if not _as_bool(keep, where):
         return left_alone("masked out", op=axes.op)
-    return applicable(axes, leaf)
+    return applicable(_in_range(axes, leaf, where), leaf)
 
 
 def _as_weight_axes(given: Any, where: str) -> WeightAxes:
@@ -148,7 +149,8 @@ def _in_range(axes: WeightAxes, leaf: Any, where: str) -> WeightAxes:
     if axes.rank not in (None, rank):
         raise ValueError(
             f"axes for {where}: they were read from a parameter of rank {axes.rank}. For a stack of models "
-            "or of layers, read them from the stacked one, or update each member by itself, inside jax.vmap"
+            "or of layers, read them from the stacked one, update each member by itself, inside "
+            "jax.vmap, or say them yourself: WeightAxes(fan_in=...)"
         )
     for axis in axes.fan_in + axes.fan_out:
         if not -rank <= axis < rank:
@@ -157,8 +159,8 @@ def _in_range(axes: WeightAxes, leaf: Any, where: str) -> WeightAxes:
     fan_out = tuple(axis % rank for axis in axes.fan_out)
     if len(set(fan_in + fan_out)) < len(fan_in + fan_out):
         named = f"fan_in {axes.fan_in}" + (f", fan_out {axes.fan_out}" if axes.fan_out else "")
-        raise ValueError(f"axes for {where}: an axis is repeated in {named}")
-    return dataclasses.replace(axes, fan_in=fan_in, fan_out=fan_out, rank=rank)
+        raise ValueError(f"axes for {where}: an axis is repeated in {shortened(named)}")
+    return dataclasses.replace(axes, fan_in=fan_in, fan_out=fan_out)
 
 
 def _as_bool(keep: Any, where: str) -> bool:

@@ -5,13 +5,12 @@ from typing import Any
 
 from jax import tree_util as jtu
 
-from ._axes import Path, describe_leaf, is_absent, is_array_like
+from ._axes import Path, describe_leaf, is_absent, is_array_like, shortened
 
 # The step into a box that holds one array, an NNX variable or a `Partitioned` array of Linen: no name.
 BOX: Path = (jtu.GetAttrKey("value"),)
 
 _MOST_CHILDREN = 8
-_LONGEST_PATH = 300
 
 # Whose functions may stand between a user's line and ours: `jax.jit`, `nnx.Optimizer`, the `init` of a chain.
 _LIBRARIES = ("gc_optax", "optax", "jax", "flax", "contextlib", "equinox")
@@ -24,8 +23,7 @@ def place(path: Path, leaf: Any) -> str:
 
 def at(path: Path) -> str:
     """A path as one types it in Python: "['Dense_0']['kernel']". Of a very long one, both ends."""
-    text, half = jtu.keystr(path) or "the root", _LONGEST_PATH // 2
-    return text if len(text) <= _LONGEST_PATH else f"{text[:half]} ... {text[-half:]}"
+    return shortened(jtu.keystr(path) or "the root")
 
 
 def path_text(path: Path) -> str:
@@ -44,9 +42,8 @@ def describe(node: Any) -> str:
     children, _ = children_of(node)
     named = [at(key) for key, _ in children[:_MOST_CHILDREN]]
     more = len(children) - len(named)
-    return f"a {type(node).__name__} with {', '.join(named) or 'nothing'}" + (
-        f" and {more} more" if more else ""
-    )
+    inside = shortened(", ".join(named)) or "nothing"
+    return f"a {type(node).__name__} with {inside}" + (f" and {more} more" if more else "")
 
 
 def children_of(node: Any) -> tuple[list[tuple[Path, Any]], jtu.PyTreeDef]:

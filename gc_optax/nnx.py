@@ -86,7 +86,9 @@ def infer_axes(
     graphdef, *states = nnx.split(model, wrt, ...)
     params, rest = states
     if not params:
-        raise ValueError(f"the model, a {type(model).__name__}, has no variables that wrt={wrt!r} selects")
+        raise ValueError(
+            f"the model, a {type(model).__name__}, has no variables that wrt={describe(wrt)} selects"
+        )
 
     def fn_of_params(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
         return fn(nnx.merge(graphdef, params, rest), *args, **kwargs)

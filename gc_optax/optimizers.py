@@ -38,6 +38,7 @@ import optax.contrib
 
 from ._axes import WeightAxes
 from ._centralize import Where, centralized
+from ._conventions import out_first, out_last
 
 _P = ParamSpec("_P")
 _Given: TypeAlias = optax.GradientTransformation | None
@@ -62,10 +63,11 @@ class _Factory(Protocol[_P]):
 def _centralized(factory: Callable[_P, optax.GradientTransformation]) -> _Factory[_P]:
     def make(*args: Any, centralization: _Given = None, where: Where = "gradients", **kwargs: Any) -> _Made:
         for given in (*args, *kwargs.values()):
-            if any(isinstance(leaf, WeightAxes) for leaf in jax.tree.leaves(given)):
+            if _is_for_centralize(given):
                 raise TypeError(
                     f"{factory.__name__} got axes as an argument of optax's own. They go into what "
-                    f"centralizes: {factory.__name__}(1e-3, centralization=gc_optax.centralize(axes))"
+                    f"centralizes: {factory.__name__}(1e-3, centralization=gc_optax.centralize(axes)); for "
+                    "Muon's dimension numbers there is WeightAxes.to_muon"
                 )
         return centralized(factory(*args, **kwargs), centralization, where=where)
 
@@ -76,6 +78,12 @@ def _centralized(factory: Callable[_P, optax.GradientTransformation]) -> _Factor
     documentation = inspect.getdoc(factory) or ""
     make.__doc__ = documentation.replace("\n\nReturns:", f"{_ADDED_DOCUMENTATION}\n\nReturns:", 1)
     return cast(_Factory[_P], make)
+
+
+def _is_for_centralize(given: Any) -> bool:
+    """Whether an argument is a tree of axes or a convention, for which no optimizer has a use."""
+    is_convention = given is out_last or given is out_first
+    return is_convention or any(isinstance(leaf, WeightAxes) for leaf in jax.tree.leaves(given))
 
 
 def _is_optimizer(name: str, given: Any) -> bool:

@@ -207,8 +207,13 @@ def test_only_some_mesh_axes_are_manual(mesh):
 
 
 NOT_SAID = {
-    "one that varies": ({"w": P("fsdp")}, {}, r"\['w'\], shape \(2, 6\): .* may be split by fsdp\n"),
-    "by both": ({"w": P("fsdp", "tp")}, {}, r"\['w'\], shape \(2, 3\): .* may be split by fsdp, tp\n"),
+    "one that varies": ({"w": P("fsdp")}, {}, r"\['w'\], shape \(2, 6\): may be split by fsdp\n"),
+    "by both": ({"w": P("fsdp", "tp")}, {}, r"\['w'\], shape \(2, 3\): may be split by fsdp, tp\n"),
+    "of one input each": (
+        {"w": P(("fsdp", "tp"))},
+        {},
+        r"\['w'\], shape \(1, 6\): may be split by fsdp, tp\n",
+    ),
     "not checked": ({"w": P()}, {"check_vma": False}, r"\['w'\], .* may be split by fsdp, tp\n"),
     "one axis manual": ({"w": P("tp")}, {"axis_names": {"tp"}}, r"\['w'\], .* may be split by tp\n"),
 }

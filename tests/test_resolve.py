@@ -1,6 +1,8 @@
 """What becomes of what a user gives: one `WeightAxes` a leaf, or an error that names the leaf."""
 
 import collections
+import copy
+import dataclasses
 import re
 
 import equinox as eqx
@@ -205,9 +207,6 @@ def test_settled_axes_are_not_negative_and_keep_their_use_when_masked_out():
     [
         lambda params: gc_optax.infer_axes(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((5, 3))),
         gc_optax.out_last,
-        lambda params: gc_optax.conv_only(
-            {"w": gc_optax.WeightAxes((0,), op="conv_general_dilated", rank=2), "b": gc_optax.WeightAxes(())}
-        ),
     ],
 )
 def test_axes_of_one_member_are_refused_for_a_stack_of_them(read):
@@ -227,3 +226,12 @@ def test_axes_of_ones_own_have_no_rank():
     stack = jnp.arange(24.0).reshape(4, 3, 2)
     centralized = gc_optax.centralize_gradients(stack, gc_optax.WeightAxes((1,)))
     assert jnp.abs(centralized.sum(1)).max() < 1e-6
+    shifted = dataclasses.replace(out_last({"w": jnp.ones((3, 2))})["w"], fan_in=(1,), fan_out=(2,))
+    np.testing.assert_array_equal(gc_optax.centralize_gradients(stack, shifted), centralized)
+    assert copy.deepcopy(out_last([stack])[0]).rank == 3
+
+
+def test_a_masked_parameter_may_have_any_axes():
+    axes = {"w": out_last([jnp.ones((3, 2))])[0]}
+    stack = {"w": jnp.ones((4, 3, 2))}
+    assert gc_optax.centralize_gradients(stack, axes, mask={"w": False}) == stack

@@ -56,6 +56,19 @@ def loss(params):
         (lambda: gc_optax.centralize(mask={**MANY, "a": MANY}).init({"a": 1}), ValueError, "993 more"),
         (lambda: gc_optax.centralize(3).init(NAMED), ValueError, "a ... a"),
         (lambda: gc_optax.centralize(("a" * 5000,)).init(jnp.ones((2, 2))), TypeError, "axes for the root"),
+        (
+            lambda: gc_optax.centralize((0,) * 5000).init(jnp.ones((2, 2))),
+            ValueError,
+            "repeated in fan_in (0",
+        ),
+        (
+            lambda: gc_optax.centralize(mask=10**5000).init(jnp.ones((2, 2))),
+            TypeError,
+            "object of type int",
+        ),
+        (lambda: gc_optax.centralized(optax.adam(0.1), where=MANY), ValueError, "992 more"),
+        (lambda: gc_optax.WeightAxes(MANY), TypeError, "must be a tuple of ints"),
+        (lambda: gc_optax.optimizers.adam(1e-3, gc_optax.out_last), TypeError, "adam got axes"),
         (lambda: gc_optax.centralize("a" * 5000).init(jnp.ones((2, 2))), TypeError, "axes for the root"),
     ],
 )

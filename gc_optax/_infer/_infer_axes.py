@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax import tree_util as jtu
 
-from .._axes import PyTree, WeightAxes, applicable, is_array_like, left_alone
+from .._axes import PyTree, WeightAxes, is_array_like, left_alone, read_from
 from .._text import describe, place, stacklevel_of_the_user
 from ._origins import Made, Origin, big
 from ._program import shape_of
@@ -174,7 +174,7 @@ def _verdict(uses: Uses | None, leaf: Any) -> tuple[WeightAxes, bool]:
         if others or len(known) > 1:
             ways += dict.fromkeys(use.why for use in others)
             axes = left_alone("used in more than one way: " + "; ".join(ways))
-    return applicable(axes, leaf), not unclear
+    return read_from(leaf, axes), not unclear
 
 
 def _warn_of_unclear_uses(places: Sequence[Any], verdicts: Sequence[tuple[WeightAxes, bool]]) -> None:
