@@ -60,6 +60,7 @@ def warn_of_shards(updates: PyTree, settled: list[WeightAxes]) -> None:
         return
     is_checked = bool(_varying(lax.axis_index(manual[0])))
     places, _ = jtu.tree_flatten_with_path(updates, is_leaf=is_absent)
+    # Of a weight vector with many inputs a shard may have a single one, and would be left alone.
     lines = [
         f"  {place(path, leaf)}: may be split by {', '.join(varying)}"
         for (path, leaf), axes in zip(places, settled, strict=True)
