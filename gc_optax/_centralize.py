@@ -44,9 +44,9 @@ def centralize(
             int, a tuple of ints, an `optax.contrib.MuonDimensionNumbers` (whose `reduction_axis`
             counts), or `None` for "leave this one alone"; negative axes count from the end. By
             default the convention `out_last`, with one warning from `init` that names the kernels
-            that it cannot settle: those of rank 3 and of rank 5 and more, but for attention layers
-            whose kernels fit together; and those of rank 4 whose name has the word "transpose",
-            "local", "query", "key" or "value". `axes=out_last` takes the convention silently.
+            that it cannot settle: those of rank 3 and more, but for attention layers whose kernels
+            fit together, and for what is certain to be a convolution. `out_last` has the rule, and
+            `axes=out_last` takes the convention silently.
         mask: optax's mask: a tree of bools with the structure of the parameters or of a prefix of
             it, or a function from the parameters to such a tree. A leaf is centralized where it is
             true. By default it is true everywhere.

@@ -1,6 +1,7 @@
 """The conventions: axes from names and shapes, and how sure that is."""
 
 import functools
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,6 +27,17 @@ def out_last(params: PyTree) -> PyTree:
     fan-in in axis 0; a depthwise kernel as Keras stores it, (*window, channels, multiplier), has it
     in its window; a transposed convolution as Haiku and Keras store it, (*window, out, in), has it in
     its window and its last axis. A name it does not know, of rank 2 or more, is a weight.
+
+    From rank 3 on, "every axis but the last" is a guess: (12, 64, 8, 8) may be twelve attention layers, and
+    (5, 16, 32) a convolution of width 5 or five dense layers. These are settled:
+
+    - attention layers of rank 3 whose `query`, `key`, `value` and `out` fit together, and depthwise and
+      transposed convolutions whose names tell their layout;
+    - a convolution whose name counts its dimensions, `conv2d` of Keras or `conv2_d` of Haiku, where the rank
+      is two more;
+    - a kernel of rank 4 with a square window whose module's name has the word "conv";
+    - a kernel of rank 4 whose shape tells: a window of 1 x 1, 3 x 3, 5 x 5 or 7 x 7, or a square one over
+      an image of up to 4 channels, unless its path speaks of attention, of experts or of a stack.
 
     Given explicitly, as in `centralize(out_last)`, the convention is silent. As the default it warns
     of each kernel that it cannot settle: see `centralize`.
@@ -86,9 +98,9 @@ def conv_only(axes: Axes) -> Axes:
 
     This is `gc_conv_only` in the authors' code, and what the `GCC` variants of their optimizers do.
 
-    A leaf is a convolution where its `op` is `"conv_general_dilated"`. The conventions take a kernel
-    of rank 4 or more for one (the authors' rule), unless it is known to belong to a stack of attention
-    layers, and one of lower rank where its module's name has the word "conv".
+    A leaf is a convolution where its `op` is `"conv_general_dilated"`. To the conventions it is one from
+    rank 3 on where its module's name has the word "conv", and where its shape tells, as `out_last` describes.
+    The authors take every kernel of rank 4 for one: in JAX that may be a stack of attention layers.
 
     Args:
         axes: a tree of `WeightAxes`, or a function from parameters to such a tree, `out_last` for
@@ -125,13 +137,15 @@ def _keep_convolution(path: Path, axes: Any) -> WeightAxes:
             f"conv_only needs a WeightAxes at every leaf, to know which are convolutions; "
             f"at {at(path)} there is {describe(axes)}"
         )
-    return axes if axes.op == _CONV or not axes.fan_in else left_alone("no convolution", op=axes.op)
+    if axes.op == _CONV or not axes.fan_in:
+        return axes
+    return left_alone("no convolution" if axes.op else "not known to be a convolution", op=axes.op)
 
 
 class _Name(NamedTuple):
     """The name of a leaf, in words.
 
-    In "decoder/conv2_d_transpose/w" the leaf is `["w"]`, its module `["conv", "d", "transpose"]` and its
+    In "decoder/conv2_d_transpose/w" the leaf is `["w"]`, its module `["conv", "2d", "transpose"]` and its
     parent `("decoder",)`. A leaf that has a name of its own, "decoder/depthwise_kernel", is its own module.
     """
 
@@ -164,6 +178,20 @@ _NO_WEIGHT_MATRIX = {
 # The names of modules that call their array "weight", their words joined by underscores.
 _NORMALIZATION_MODULE = re.compile(r".*norm(alization)?|(.*_)?[bgl]n(_f)?")
 _EMBEDDING_MODULE = re.compile(r".*emb(ed(ding)?)?s?(_tokens|_positions)?|wte|wpe")
+_CONVOLUTION = re.compile(r".*conv(olution)?")  # "Conv_0", "conv2d", "dwconv"
+# Where these are in a path, (3, 3, 64, 64) may be three layers of three experts.
+_NO_LONE_KERNEL = {
+    *("attention", "attn", "mha", "query", "key", "value", "kv", "qkv", "einsum"),
+    *("expert", "experts", "moe", "lora", "stack", "stacked", "scan", "scanned", "ensemble"),
+}
+# Flax keeps transposed convolutions as (*window, in, out) or as (*window, out, in), unshared ones
+# with a weight of their own at each position, and scanned attention may have lost its siblings.
+_DOUBTFUL = {
+    *("transpose", "transposed", "up", "upsample", "upsampling", "upconv", "deconv"),
+    *("local", "query", "key", "value"),
+}
+_COMMON_WINDOWS = {1, 3, 5, 7}
+_MOST_CHANNELS = 4  # of an image: a patch embedding has the shape (16, 16, 3, 768)
 _ATTENTION_MODULES = {"query", "key", "value", "out", "attention_output"}
 
 
@@ -208,29 +236,60 @@ def _out_last_kernel(attention: set[tuple[str, ...]], name: _Name, shape: tuple[
         # Flax and Haiku keep depthwise kernels as (*window, 1, channels): this can only be Keras.
         axes = WeightAxes(every[:-2], every[-1:], _CONV, "out_last: named as a depthwise kernel, the window")
         return _Reading(axes, settled=True)
-    if rank >= 3 and words & {"transpose", "transposed"} and (name.leaf == ["w"] or words & {"d", "D"}):
+    if rank >= 3 and words & {"transpose", "transposed"} and (name.leaf == ["w"] or _dimensions(name)):
         # Haiku's conv2_d_transpose and Keras's conv2d_transpose. Flax has no "2d", nor one layout.
         fan_in = (*every[:-2], rank - 1)
         axes = WeightAxes(fan_in, every[-2:-1], _CONV, "out_last: named as a transposed convolution")
         return _Reading(axes, settled=name.leaf == ["w"])
-    axes = WeightAxes(every[:-1], every[-1:], _op(name, rank), "out_last: every axis but the last")
-    # Flax keeps transposed convolutions as (*window, in, out) or as (*window, out, in), unshared ones
-    # with a weight of their own at each position, and scanned attention may have lost its siblings.
-    has_doubtful_name = bool(words & {"transpose", "transposed", "local", "query", "key", "value"})
-    return _Reading(axes, settled=rank == 2 or (rank == 4 and not has_doubtful_name))
+    is_convolution = _is_convolution(name, shape[:-2], shape[-2])
+    axes = WeightAxes(
+        every[:-1], every[-1:], _op(name, rank, is_convolution), "out_last: every axis but the last"
+    )
+    return _Reading(axes, settled=rank == 2 or (is_convolution and _DOUBTFUL.isdisjoint(words)))
 
 
 def _out_first_kernel(name: _Name, shape: tuple[int, ...]) -> _Reading:
     """The axes of a kernel of PyTorch or Equinox."""
     rank = len(shape)
     every = tuple(range(rank))
-    axes = WeightAxes(every[1:], every[:1], _op(name, rank), "out_first: every axis but the first")
+    op = _op(name, rank, _is_convolution(name, shape[2:], shape[1]))
+    axes = WeightAxes(every[1:], every[:1], op, "out_first: every axis but the first")
     return _Reading(axes, settled=True)  # nobody gets it who did not ask for it
 
 
-def _op(name: _Name, rank: int) -> str:
-    """Which primitive takes a kernel. The authors take rank 4 for a convolution; below that, names tell."""
-    return _CONV if rank >= 4 or not {"conv", "convolution"}.isdisjoint(name.module) else _DOT
+def _op(name: _Name, rank: int, is_convolution: bool) -> str:
+    """The primitive that takes a kernel; empty where that is not known."""
+    if rank == 2:
+        return _DOT
+    return _CONV if is_convolution or _is_named_convolution(name) else ""
+
+
+def _is_convolution(name: _Name, window: tuple[int, ...], inputs: int) -> bool:
+    """Whether a kernel is certain to be one convolution, and not a stack of layers or heads of attention.
+
+    Twelve convolutions of width 3 in one array are "Conv_0/kernel" too, of shape (12, 3, 64, 64): it is the
+    square window that tells.
+    """
+    if dimensions := _dimensions(name):
+        return len(window) == dimensions
+    is_square = len(window) == 2 and window[0] == window[1]
+    if not is_square or _is_named_convolution(name):
+        return is_square
+    around = {word for part in name.parent for word in _words(part)}
+    is_named_for_more = not _NO_LONE_KERNEL.isdisjoint({*name.leaf, *name.module, *around})
+    return not is_named_for_more and (window[0] in _COMMON_WINDOWS or inputs <= _MOST_CHANNELS)
+
+
+def _is_named_convolution(name: _Name) -> bool:
+    return any(map(_CONVOLUTION.fullmatch, name.module))
+
+
+def _dimensions(name: _Name) -> int:
+    """How many dimensions the name of a convolution counts: 2 in "conv2d" and "conv2_d", 0 in "Conv_0"."""
+    for word, following in itertools.pairwise(name.module):
+        if _CONVOLUTION.fullmatch(word) and following in ("1d", "2d", "3d"):
+            return int(following[0])
+    return 0
 
 
 def _attention_layers(places: list[tuple[Path, Any]]) -> set[tuple[str, ...]]:
@@ -304,7 +363,7 @@ def _parts(key: Any) -> list[str]:
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name: `["conv", "transpose"]` for "ConvTranspose_0" and for "conv_transpose"."""
-    words: list[str] = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    """The words of a name: `["conv", "2d", "transpose"]` for "Conv2DTranspose" and "conv2_d_transpose"."""
+    words: list[str] = re.findall(r"[123]_?[dD](?![a-z])|[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
     # "b" is a bias, "B" the second matrix of a LoRA pair: a single letter keeps its case.
-    return [word if len(word) == 1 else word.lower() for word in words]
+    return [word if len(word) == 1 else word.lower().replace("_", "") for word in words]

@@ -18,15 +18,12 @@ from jax.sharding import PartitionSpec
 
 from ._axes import NOTHING_LEFT, Path, PyTree, WeightAxes, is_absent, is_array_like
 from ._resolve import match, resolve
-from ._text import describe, place, stacklevel_of_the_user
+from ._text import describe, joined_lines, place, stacklevel_of_the_user
 
 PartitionSpecs = PyTree | Callable[[PyTree], PyTree] | None
 
 # For the leading dimensions of an array, the mesh axes that split each. Further dimensions are not split.
 Split = tuple[tuple[str, ...], ...]
-
-
-_MOST_LINES = 8
 
 
 def settle_splits(params: PyTree, partition_specs: PartitionSpecs) -> list[Split]:
@@ -68,11 +65,9 @@ def warn_of_shards(updates: PyTree, settled: list[WeightAxes]) -> None:
         and (varying := [name for name in manual if not is_checked or name in _varying(leaf)])
     ]
     if lines:
-        more = [f"  and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
-        shown = lines[:_MOST_LINES] + more
         warnings.warn(
             "inside jax.shard_map and jax.pmap gc_optax sees one shard of each gradient, and takes the mean "
-            "of the shard. These may be parts of a larger one:\n" + "\n".join(shown) + "\n"
+            "of the shard. These may be parts of a larger one:\n" + joined_lines(lines) + "\n"
             "Say how they are split, with centralize(axes, partition_specs=...), or that each is whole, as "
             "it is after a pmean, with centralize(axes, partition_specs=jax.sharding.PartitionSpec()).",
             UserWarning,

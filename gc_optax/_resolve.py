@@ -31,7 +31,7 @@ from ._axes import (
     shortened,
 )
 from ._conventions import out_last, read_out_last
-from ._text import BOX, at, children_of, describe, place, stacklevel_of_the_user
+from ._text import BOX, at, children_of, describe, joined_lines, place, stacklevel_of_the_user
 
 _OUTSIDE_OF_FLATTEN = (
     "If optax.flatten made one vector of all parameters, put the centralization around it: "
@@ -198,7 +198,7 @@ def _warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes]) -> Non
         warnings.warn(
             "by default gc_optax reads the axes off names and shapes (out_last: every axis but the last "
             "is fan-in). These kernels have more than one reading: a convolution, a fused projection, a "
-            "stack of layers. The reading taken is\n" + "\n".join(doubtful) + "\n"
+            "stack of layers. The reading taken is\n" + joined_lines(doubtful) + "\n"
             "Settle it exactly with centralize(gc_optax.infer_axes(loss, params, batch)), which reads the "
             "axes off the model, or with a tree of axes of your own; or accept this reading silently with "
             "centralize(gc_optax.out_last).",

@@ -46,6 +46,12 @@ def describe(node: Any) -> str:
     return f"a {type(node).__name__} with {inside}" + (f" and {more} more" if more else "")
 
 
+def joined_lines(lines: list[str], most: int = 20) -> str:
+    """The lines of a warning, one below the other; of very many, the first and how many follow."""
+    more = [f"  and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join(lines[:most] + more)
+
+
 def children_of(node: Any) -> tuple[list[tuple[Path, Any]], jtu.PyTreeDef]:
     """The children of a node, each with the step that leads to it, and the structure that they stand in."""
     return jtu.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)

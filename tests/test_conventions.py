@@ -116,15 +116,12 @@ def test_attention_layers_in_a_list_are_told_apart():
     assert paths == [f"['layers'][1]['{name}']" for name in sorted(ATTENTION)]
 
 
-def test_convolutions_named_as_attention_are_convolutions():
-    kernels = {
-        "query": leaf(1, 1, 16, 4),
-        "key": leaf(1, 1, 16, 4),
-        "value": leaf(1, 1, 16, 8),
-        "out": leaf(1, 1, 8, 16),
-    }
-    for axes in conv_only(out_last)({name: {"kernel": kernel} for name, kernel in kernels.items()}).values():
-        assert axes["kernel"].fan_in == (0, 1, 2)
+def test_a_name_from_attention_leaves_it_open_whether_a_kernel_is_a_convolution():
+    of_a_gan = {"query": {"kernel": leaf(1, 1, 16, 4)}}
+    assert only(out_last(of_a_gan)).fan_in == (0, 1, 2)
+    assert only(out_last(of_a_gan)).op == ""
+    assert only(conv_only(out_last)(of_a_gan)).why == "not known to be a convolution"
+    assert len(warnings_of(of_a_gan)) == 1
 
 
 @pytest.mark.parametrize(
@@ -284,13 +281,19 @@ def test_the_default_is_right_or_warns_in_every_row_of_the_table_in_the_readme()
         "attention/out/kernel": ((2, 4, 8), (0, 1)),
         "scanned/Dense_0/kernel": ((12, 8, 16), (1,)),
         "scanned/LayerNorm_0/scale": ((12, 8), ()),
+        "attn/kv_einsum/w": ((2, 4, 8, 16), (2,)),
         "experts/kernel": ((4, 8, 16), (1,)),
         "Embed_0/embedding": ((100, 8), ()),
         "one_feature/kernel": ((1, 16), ()),
     }
     params = {path: leaf(*shape) for path, (shape, _) in rows.items()}
     wrong = {path for path, axes in out_last(params).items() if axes.fan_in != rows[path][1]}
-    assert wrong == {"ConvTranspose_0/kernel", "scanned/Dense_0/kernel", "experts/kernel"}
+    assert wrong == {
+        "ConvTranspose_0/kernel",
+        "scanned/Dense_0/kernel",
+        "attn/kv_einsum/w",
+        "experts/kernel",
+    }
     (message,) = warnings_of(params)
     assert set(re.findall(r"^  \['(.*)'\], shape", message, re.MULTILINE)) == wrong
 
@@ -306,7 +309,13 @@ def test_the_default_is_right_or_warns_in_every_row_of_the_table_in_the_readme()
         ("conv1d/kernel", (3, 8, 16), True),
         ("convolution/kernel", (3, 8, 16), True),
         ("unnamed/kernel", (3, 3, 8, 16), True),
-        ("kernel", (3, 3, 3, 8, 16), True),
+        ("patch_embed/kernel", (16, 16, 3, 768), True),
+        ("Conv_0/kernel", (12, 3, 3, 8, 16), True),
+        ("downconv/kernel", (2, 2, 8, 16), True),
+        ("attn/kv_einsum/kernel", (2, 4, 2304, 256), False),
+        ("experts/kernel", (3, 3, 64, 64), False),
+        ("kernel", (3, 3, 3, 8, 16), False),
+        ("kernel", (2, 2, 8, 16), False),
         ("Dense_0/kernel", (8, 16), False),
         ("Dense_0/kernel", (4, 8, 16), False),
         ("query/kernel", (64, 4, 16), False),
@@ -317,17 +326,26 @@ def test_conv_only_keeps_convolutions_of_a_convention(path, shape, kept):
     params = {module: {name: leaf(*shape)}}
     for read in (conv_only(out_last)(params), conv_only(out_last(params))):
         assert bool(only(read).fan_in) == kept
-        assert kept or only(read).why == "no convolution"
+        assert kept or only(read).why in ("no convolution", "not known to be a convolution")
 
 
 def test_conv_only_keeps_convolutions_in_the_layout_of_pytorch():
     params = {
         "conv": {"weight": leaf(16, 8, 3)},
         "other": {"weight": leaf(16, 8, 3, 3)},
+        "patches": {"weight": leaf(64, 3, 16, 16)},
+        "experts": {"weight": leaf(4, 8, 3, 3)},
+        "fused": {"weight": leaf(3, 8, 16, 64)},
         "head": {"weight": leaf(10, 16)},
     }
-    read = fan_in(conv_only(out_first)(params))
-    assert read == {"conv": {"weight": (1, 2)}, "other": {"weight": (1, 2, 3)}, "head": {"weight": ()}}
+    assert fan_in(conv_only(out_first)(params)) == {
+        "conv": {"weight": (1, 2)},
+        "other": {"weight": (1, 2, 3)},
+        "patches": {"weight": (1, 2, 3)},
+        "experts": {"weight": ()},
+        "fused": {"weight": ()},
+        "head": {"weight": ()},
+    }
 
 
 def test_conv_only_keeps_the_reason_of_what_was_left_alone_before():
@@ -403,6 +421,71 @@ def test_the_default_warns_once_and_names_each_kernel_that_a_convention_cannot_s
     assert "centralize(gc_optax.infer_axes(loss, params, batch))" in message
     assert "a tree of axes of your own" in message
     assert "centralize(gc_optax.out_last)" in message
+
+
+# The kernels of rank 3 and more in models as they are published, with their shapes, their true fan-in and
+# whether the default is to be silent about them.
+PUBLISHED = {
+    # Flax's Gemma example; Gemma with as many keys as queries; its mixture of experts in Tunix.
+    "layer_0/attn/q_einsum/w": ((8, 2304, 256), (1,), False),
+    "layer_0/attn/kv_einsum/w": ((2, 4, 2304, 256), (2,), False),
+    "layer_0/attn/kv_einsum/kernel": ((2, 4, 2304, 256), (2,), False),
+    "layer_0/attn/attn_vec_einsum/w": ((8, 256, 2304), (0, 1), False),
+    "layer_0/mlp/gating_einsum": ((2, 2304, 9216), (1,), False),
+    "layer_0/attn/qkv_einsum/w": ((3, 3, 2304, 256), (2,), False),
+    "layers/0/moe/gating_einsum": ((128, 2, 704, 2816), (3,), False),
+    # MaxText, scanned over the layers in axis 1, and its mixture of experts; fused query, key and value.
+    "decoder/layers/self_attention/query/kernel": ((4096, 32, 32, 128), (0,), False),
+    "decoder/layers/self_attention/out/kernel": ((32, 32, 128, 4096), (0, 2), False),
+    "decoder/layers/mlp/wi_0/kernel": ((4096, 32, 14336), (0,), False),
+    "decoder/layers/MoeBlock_0/wi_0": ((8, 32, 4096, 14336), (2,), False),
+    "decoder/moe_layers/MoeBlock_0/wo": ((8, 8, 14336, 4096), (2,), False),
+    "decoder/layers/self_attention/qkv_proj/kernel": ((4096, 3, 32, 128), (0,), False),
+    "vmapped/q_proj/kernel": ((12, 768, 12, 64), (1,), False),
+    "scanned/experts/kernel": ((12, 8, 768, 3072), (2,), False),
+    "layer_0/kv_einsum/lora/a": ((2, 2, 4, 16), (2,), False),
+    # Convolutions of Flax: a ResNet, an Inception's 1 x 7, a ViT's patches, a stack of twelve of each kind.
+    "ResNetBlock_0/Conv_0/kernel": ((3, 3, 64, 64), (0, 1, 2), True),
+    "ResNetBlock_0/conv_proj/kernel": ((1, 1, 64, 128), (0, 1, 2), True),
+    "conv_init/kernel": ((7, 7, 3, 64), (0, 1, 2), True),
+    "embedding/kernel": ((16, 16, 3, 768), (0, 1, 2), True),
+    "downsample/kernel": ((1, 1, 64, 128), (0, 1, 2), True),
+    "InceptionBlock_0/Conv_0/kernel": ((1, 7, 64, 64), (0, 1, 2), False),
+    "layers/Conv1D_0/Conv_0/kernel": ((12, 3, 64, 64), (1, 2), False),
+    "layers/Conv_0/kernel": ((12, 3, 3, 64, 64), (1, 2, 3), False),
+    "Conv3D_0/Conv_0/kernel": ((3, 3, 3, 16, 32), (0, 1, 2, 3), False),
+    # Keras.
+    "conv1d/kernel": ((5, 16, 32), (0, 1), True),
+    "conv2d_7/kernel": ((1, 7, 64, 64), (0, 1, 2), True),
+    "conv3d/kernel": ((3, 3, 3, 16, 32), (0, 1, 2, 3), True),
+    "conv_dw_1/kernel": ((3, 3, 32, 1), (0, 1), True),
+    "block6k_se_reduce/kernel": ((1, 1, 1536, 64), (0, 1, 2), True),
+    "block3d_expand_conv/kernel": ((3, 3, 64, 256), (0, 1, 2), True),
+    "conv2d_transpose/kernel": ((4, 4, 64, 128), (0, 1, 3), False),
+    "up1/kernel": ((3, 3, 64, 128), (0, 1, 3), False),
+    # Haiku.
+    "res_net50/~/initial_conv/w": ((7, 7, 3, 64), (0, 1, 2), True),
+    "conv3_d/w": ((3, 3, 3, 16, 32), (0, 1, 2, 3), True),
+    "conv2_d_transpose/w": ((4, 4, 64, 128), (0, 1, 3), True),
+    "layer_stack/conv2_d/w": ((6, 3, 3, 64, 64), (1, 2, 3), False),
+}
+
+
+@pytest.mark.parametrize("path", PUBLISHED)
+def test_the_default_is_silent_about_a_kernel_of_a_published_model_only_where_it_is_right(path):
+    shape, true_fan_in, is_settled = PUBLISHED[path]
+    *modules, name = path.split("/")
+    params = {"/".join(modules): {name: leaf(*shape)}}
+    assert (warnings_of(params) == []) == is_settled
+    axes = only(out_last(params))
+    assert not is_settled or axes.fan_in == true_fan_in
+    assert axes.op != "conv_general_dilated" or re.search("(?i)conv|embedding|downsample|se_reduce|up1", path)
+
+
+def test_the_warning_of_very_many_kernels_names_the_first():
+    (message,) = warnings_of([leaf(4, 8, 16)] * 500)
+    assert len(re.findall(r"^  \[", message, re.MULTILINE)) == 20
+    assert "\n  and 480 more\n" in message
 
 
 def test_the_default_is_silent_where_every_kernel_is_settled():

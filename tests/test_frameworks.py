@@ -267,6 +267,7 @@ def test_out_last_on_haiku():
 
 
 def test_out_last_on_keras():
+    keras.utils.clear_session()  # the names of its layers count on from model to model
     layers = keras.layers
     tokens, image = keras.Input((3,), dtype="int32"), keras.Input((8, 8, 3))
     x = layers.Embedding(11, 8)(tokens)

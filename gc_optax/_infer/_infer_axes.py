@@ -9,7 +9,7 @@ import numpy as np
 from jax import tree_util as jtu
 
 from .._axes import PyTree, WeightAxes, is_array_like, left_alone, read_from
-from .._text import describe, place, stacklevel_of_the_user
+from .._text import describe, joined_lines, place, stacklevel_of_the_user
 from ._origins import Made, Origin, big
 from ._program import shape_of
 from ._uses import OUT, OUTPUT, Use, Uses, listed
@@ -184,7 +184,7 @@ def _warn_of_unclear_uses(places: Sequence[Any], verdicts: Sequence[tuple[Weight
     if lines:
         warnings.warn(
             "infer_axes leaves these parameters alone, because it cannot read with certainty what the "
-            "computation does with them:\n" + "\n".join(lines) + "\n"
+            "computation does with them:\n" + joined_lines(lines, most=100) + "\n"
             "To centralize one of them, replace its leaf in the tree by axes of your own, or, if it is "
             "multiplied by a batch that the function closes over, pass the batch as an argument.",
             UserWarning,
