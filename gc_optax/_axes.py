@@ -115,6 +115,8 @@ def applicable(axes: WeightAxes, leaf: Any) -> WeightAxes:
     """`axes` where there is something to average over; otherwise `leaf` is left alone."""
     if not is_inexact(leaf):
         return left_alone(f"no array of floats: {describe_leaf(leaf)}", op=axes.op)
+    if leaf.dtype == jnp.float8_e8m0fnu:
+        return left_alone("float8_e8m0fnu has no sign, so it holds no difference", op=axes.op)
     if 0 in leaf.shape:
         return left_alone("empty", op=axes.op)
     fan_in = math.prod(leaf.shape[axis] for axis in axes.fan_in)
@@ -168,8 +170,11 @@ def is_absent(node: Any) -> bool:
 
 
 def is_array_like(leaf: Any) -> bool:
-    """Whether a leaf is an array, or what stands for one: it has a shape and a dtype."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    """Whether a leaf is an array, or what stands for one: it has a shape and a dtype.
+
+    A class of NumPy, as a module may keep it for its dtype, has attributes of these names as well.
+    """
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
 
 
 def is_inexact(leaf: Any) -> bool:

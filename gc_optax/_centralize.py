@@ -3,13 +3,15 @@
 from typing import Any, Literal, get_args
 
 import jax
+import numpy as np
 import optax
+from jax import tree_util as jtu
 
 from ._axes import Axes, Mask, PyTree, WeightAxes, is_absent
 from ._mean import subtract_mean
 from ._mesh import PartitionSpecs, Split, mesh_axes, require_shard_map, settle_splits, warn_of_shards, whole
-from ._resolve import settle
-from ._text import describe
+from ._resolve import settle, settler
+from ._text import at, describe
 
 Where = Literal["gradients", "updates"]
 
@@ -62,7 +64,8 @@ def centralize(
     Returns:
         An `optax.GradientTransformation`. Its `init` returns `optax.EmptyState()`, and checks `axes`,
         `mask` and `partition_specs` against the parameters, but for the names of mesh axes, which are known
-        inside `shard_map` only. Its `update` works with and without `params`, and keeps shapes and dtypes.
+        inside `shard_map` only. Its `update` works with and without `params`, and keeps shapes and dtypes
+        (but that JAX takes NumPy's float64 as float32, unless `jax_enable_x64` is set).
 
     Raises:
         ValueError: from `init` and `update`, if `axes` or `mask` does not have the structure of the
@@ -101,12 +104,14 @@ def centralize(
             settle(whole(params, splits), axes, mask)
         return optax.EmptyState()
 
+    settle_updates = settler(axes, mask)
+
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         splits = _splits_of_shards(updates, partition_specs)
-        settled = settle(whole(updates, splits), axes, mask, silent=True)
+        settled = settle_updates(whole(updates, splits))
         if partition_specs is None:
             warn_of_shards(updates, settled)
         return _project(updates, settled, splits), state
@@ -233,11 +238,21 @@ def _splits_of_shards(updates: PyTree, partition_specs: PartitionSpecs) -> list[
 def _project(updates: PyTree, settled: list[WeightAxes], splits: list[Split]) -> PyTree:
     """`updates` with the mean of every weight vector subtracted."""
     leaves, structure = jax.tree.flatten(updates, is_leaf=is_absent)
+    _require_arrays(updates, leaves, settled)
     projected = [
         subtract_mean(leaf, weight.fan_in, mesh_axes(split, weight.fan_in)) if weight.fan_in else leaf
         for leaf, weight, split in zip(leaves, settled, splits, strict=True)
     ]
     return jax.tree.unflatten(structure, projected)
+
+
+def _require_arrays(updates: PyTree, leaves: list[Any], settled: list[WeightAxes]) -> None:
+    """Raises an error where a leaf that is to be centralized only stands for an array."""
+    for number, (leaf, axes) in enumerate(zip(leaves, settled, strict=True)):
+        if axes.fan_in and not isinstance(leaf, jax.Array | np.ndarray):
+            places, _ = jtu.tree_flatten_with_path(updates, is_leaf=is_absent)
+            path, _ = places[number]
+            raise TypeError(f"the gradient of {at(path)} must be an array, got a {type(leaf).__name__}")
 
 
 def _with_extra_args(role: str, given: Any) -> optax.GradientTransformationExtraArgs:

@@ -125,8 +125,21 @@ def conv_only(axes: Axes) -> Axes:
     """
     if axes is None:
         raise TypeError("conv_only needs a tree of WeightAxes or a convention such as out_last, got None")
-    if is_function(axes):
-        return lambda params: jtu.tree_map_with_path(_keep_convolution, axes(params))
+    return functools.partial(_convolutions, axes) if is_function(axes) else _keep_convolutions(axes)
+
+
+def is_convention(function: Any) -> bool:
+    """Whether a function of the parameters is one of ours, which read nothing but names and shapes."""
+    if isinstance(function, functools.partial):
+        return function.func is _convolutions and is_convention(*function.args)
+    return function in (out_last, out_first)
+
+
+def _convolutions(convention: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
+    return _keep_convolutions(convention(params))
+
+
+def _keep_convolutions(axes: PyTree) -> PyTree:
     return jtu.tree_map_with_path(_keep_convolution, axes)
 
 

@@ -38,6 +38,11 @@ def subtract_mean(gradient: jax.Array, axes: tuple[int, ...], mesh_axes: tuple[s
     mean = jnp.mean(wide, axes, keepdims=True)
     if mesh_axes:
         mean = lax.pmean(mean, mesh_axes)  # type: ignore[no-untyped-call]
+    if gradient.dtype.itemsize < 4:
+        # XLA divides by multiplying with a rounded 1 / n, and may do that and the difference in one
+        # instruction: of ones over three inputs -3e-8 would be left. The mean of equal numbers in half
+        # precision needs few bits: rounded to one bit less than float32 has, it is that number.
+        mean = lax.reduce_precision(mean, exponent_bits=8, mantissa_bits=22)
     mean = _apart(mean)
     # Below float32 the difference is rounded once, here, and neither the sum nor the mean is.
     return (wide - mean).astype(gradient.dtype)
@@ -80,9 +85,7 @@ def removed_share(gradient: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         A float32 scalar in [0, 1], 0 for a gradient that is zero.
     """
     wide = gradient.astype(_accumulator(gradient.dtype))
-    largest = jnp.max(jnp.abs(wide))
-    # Squares of very large and of very small entries are out of range: the largest becomes 1.
-    scaled = wide / jnp.where(largest == 0, 1, largest)
+    scaled, _ = _scaled(wide)
     vectors = jnp.mean(scaled, axes, keepdims=True)
     inputs = scaled.size // vectors.size
     share = inputs * jnp.sum(jnp.abs(vectors) ** 2) / jnp.maximum(jnp.sum(jnp.abs(scaled) ** 2), 1)
@@ -93,6 +96,16 @@ def removed_share(gradient: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 def norm(gradient: jax.Array) -> jax.Array:
     """The Euclidean norm of an array of any size of entries, a real scalar in at least float32."""
     wide = gradient.astype(_accumulator(gradient.dtype))
-    largest = jnp.max(jnp.abs(wide), initial=0)
-    scaled = wide / jnp.where(largest == 0, 1, largest)
+    scaled, largest = _scaled(wide)
     return largest * jnp.sqrt(jnp.sum(jnp.abs(scaled) ** 2))
+
+
+def _scaled(wide: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An array over the largest of its absolute values, and that value.
+
+    Squares of very large and of very small entries are out of range: here the largest becomes 1.
+    """
+    largest = jnp.max(jnp.abs(wide), initial=0)
+    # XLA may multiply by the inverse, which from 8.5e37 on is below what float32 holds with all its bits.
+    shrink = jnp.where(largest > 1, 0.125, 1).astype(largest.dtype)
+    return (wide * shrink) / jnp.where(largest == 0, 1, largest * shrink), largest

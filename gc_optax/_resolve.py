@@ -5,8 +5,10 @@ top. `settle` is the only way from there to axes, and the only place that warns 
 """
 
 import dataclasses
+import functools
 import operator
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,13 +32,20 @@ from ._axes import (
     left_alone,
     shortened,
 )
-from ._conventions import out_last, read_out_last
+from ._conventions import is_convention, out_last, read_out_last
 from ._text import BOX, at, children_of, describe, joined_lines, place, stacklevel_of_the_user
 
 _OUTSIDE_OF_FLATTEN = (
     "If optax.flatten made one vector of all parameters, put the centralization around it: "
     "optax.chain(gc_optax.centralize(...), optax.flatten(optimizer))"
 )
+
+
+# NumPy's `longdouble` is `float64` on some machines.
+_UNKNOWN_TO_JAX = {np.dtype(np.longdouble), np.dtype(np.clongdouble)} - {
+    np.dtype(np.float64),
+    np.dtype(np.complex128),
+}
 
 
 def settle(params: PyTree, axes: Axes, mask: Mask, *, silent: bool = False) -> list[WeightAxes]:
@@ -55,6 +64,40 @@ def settle(params: PyTree, axes: Axes, mask: Mask, *, silent: bool = False) -> l
     if axes is None and not silent:
         _warn_of_unsettled_kernels(params, settled)
     return settled
+
+
+def settler(axes: Axes, mask: Mask) -> Callable[[PyTree], list[WeightAxes]]:
+    """`settle` for the updates of an optimizer, which have the same shapes at every step.
+
+    Trees and conventions say the same of the same shapes, so what they say is kept. A function of a user may
+    look at the numbers too: it is called at every step.
+    """
+
+    def settle_anew(params: PyTree) -> list[WeightAxes]:
+        return settle(params, axes, mask, silent=True)
+
+    @functools.lru_cache(maxsize=8)
+    def settle_shapes(structure: jtu.PyTreeDef, shapes: tuple[Any, ...]) -> list[WeightAxes]:
+        leaves = [jax.ShapeDtypeStruct(*shape) for shape in shapes]  # type: ignore[no-untyped-call]
+        return settle_anew(jax.tree.unflatten(structure, leaves))
+
+    def settle_once(params: PyTree) -> list[WeightAxes]:
+        leaves, structure = jax.tree.flatten(params)
+        if not (all(map(is_array_like, leaves)) and _has_hash(structure)):
+            return settle_anew(params)
+        return settle_shapes(structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+
+    may_read_numbers = is_function(mask) or (is_function(axes) and not is_convention(axes))
+    return settle_anew if may_read_numbers else settle_once
+
+
+def _has_hash(structure: jtu.PyTreeDef) -> bool:
+    """Whether all that a tree says of itself beside its leaves can be hashed."""
+    try:
+        hash(structure)
+    except TypeError:
+        return False
+    return True
 
 
 def resolve(given: Any, params: PyTree) -> PyTree:
@@ -84,7 +127,7 @@ def match(role: str, tree: PyTree, params: PyTree, *, prefix: bool) -> list[tupl
             if entry_structure != structure:
                 raise ValueError(
                     f"{role} does not have the structure of the parameters: at {at(path)} the parameters "
-                    f"have {describe(node)}, {role} has {describe(entry)}"
+                    f"have {describe(node)}, {role} has {describe(entry)}{_mend(role, node, entry)}"
                 )
             entries = [child for _, child in with_keys]
         for (key, child), child_entry in zip(children, entries, strict=True):
@@ -92,6 +135,21 @@ def match(role: str, tree: PyTree, params: PyTree, *, prefix: bool) -> list[tupl
 
     walk((), params, tree)
     return matched
+
+
+def _mend(role: str, node: Any, entry: Any) -> str:
+    """What to write where a user's tree differs from the parameters (`node`) in a way that is often met."""
+    if isinstance(entry, str) and entry in ("out_last", "out_first"):
+        return f". A convention is a function: gc_optax.{entry}"
+    bases = [f"{base.__module__}.{base.__name__}" for base in type(entry).__mro__]
+    if "flax.nnx.module.Module" in bases:
+        return ". For a model of Flax NNX, gc_optax.nnx.infer_axes gives them as nnx.Optimizer needs them"
+    for whose, outer, inner in (("the parameters", node, entry), (role, entry, node)):
+        # One of the two is {"params": {"Dense_0": ...}}, and the other {"Dense_0": ...}.
+        for key, child in children_of(outer)[0]:
+            if not jtu.all_leaves([child]) and children_of(child)[1] == children_of(inner)[1]:
+                return f". What {whose} have below {at(key)} fits: give both with it, or both without"
+    return ""
 
 
 def _unboxed(node: Any) -> Any:
@@ -112,7 +170,10 @@ def _settle_leaf(path: Path, leaf: Any, given: Any, keep: Any) -> WeightAxes:
     axes = _as_weight_axes(given, where)
     if not _as_bool(keep, where):
         return left_alone("masked out", op=axes.op)
-    return applicable(_in_range(axes, leaf, where), leaf)
+    axes = applicable(_in_range(axes, leaf, where), leaf)
+    if axes.fan_in and leaf.dtype in _UNKNOWN_TO_JAX:
+        raise TypeError(f"{where}, is of dtype {leaf.dtype}, which JAX does not have")
+    return axes
 
 
 def _as_weight_axes(given: Any, where: str) -> WeightAxes:

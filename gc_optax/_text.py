@@ -29,7 +29,9 @@ def at(path: Path) -> str:
 def path_text(path: Path) -> str:
     """A path as a table shows it: "block_0/attention/kernel"."""
     inside = [key for key in path if (key,) != BOX]
-    return jtu.keystr(tuple(inside), simple=True, separator="/") or "(root)"
+    shown = jtu.keystr(tuple(inside), simple=True, separator="/") or "(root)"
+    # A name may hold what a terminal obeys, such as the escape code for red.
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in shown)
 
 
 def describe(node: Any) -> str:

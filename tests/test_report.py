@@ -16,6 +16,7 @@ import pytest
 
 import gc_optax
 from gc_optax import WeightAxes, centralize, centralize_gradients, removed_fraction, summarize
+from gc_optax._mean import norm
 
 # removed_fraction
 
@@ -50,6 +51,9 @@ def test_removed_fraction_does_not_depend_on_scale(scale, dtype):
 def test_removed_fraction_of_special_gradients():
     assert removed_fraction(jnp.ones((5, 3)), 0) == 1
     assert removed_fraction(jnp.zeros((5, 3)), 0) == 0
+    for largest in (1e-37, 8.6e37, 3.4e38):
+        assert removed_fraction(jnp.full((5, 3), largest), 0) == 1
+        assert norm(jnp.array([largest, 0])) == np.float32(largest)
     assert removed_fraction(centralize_gradients(jnp.eye(5), 0), 0) < 1e-12
     np.testing.assert_allclose(removed_fraction(jnp.array([[1.0 + 1j], [1.0 - 1j]]), 0), 0.5, rtol=1e-6)
     assert jnp.isnan(removed_fraction(jnp.array([[jnp.nan], [1.0]]), 0))
@@ -272,6 +276,13 @@ def test_rich_is_needed_for_summarize_only():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "summarize needs Rich: pip install 'gc_optax[report]'\n"
+
+
+def test_a_name_with_an_escape_code_or_markup_is_shown_as_it_is_spelled():
+    table = summarize({"a\x1b[31mred": jnp.ones((3, 4)), "[bold]b[/foo]": jnp.ones((3, 4))})
+    assert "\x1b" not in table
+    assert "a\\x1b[31mred" in table
+    assert "[bold]b[/foo]" in table
 
 
 def test_axes_are_no_parameters():

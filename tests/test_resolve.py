@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax import ShapeDtypeStruct as Shape
 
 import gc_optax
@@ -235,3 +236,130 @@ def test_a_masked_parameter_may_have_any_axes():
     axes = {"w": out_last([jnp.ones((3, 2))])[0]}
     stack = {"w": jnp.ones((4, 3, 2))}
     assert gc_optax.centralize_gradients(stack, axes, mask={"w": False}) == stack
+
+
+# What is kept from one update to the next
+
+
+def test_an_update_settles_the_axes_of_the_same_shapes_once(monkeypatch):
+    calls = []
+
+    def counting(params, axes, mask, *, silent=False):
+        calls.append(params["w"].shape)
+        return settle(params, axes, mask, silent=silent)
+
+    monkeypatch.setattr("gc_optax._resolve.settle", counting)
+    transformation = gc_optax.centralize({"w": 0})
+    for shape in ((3, 4), (3, 4), (5, 4), (3, 4)):
+        updates, _ = transformation.update({"w": jnp.ones(shape)}, optax.EmptyState())
+        np.testing.assert_array_equal(updates["w"], 0)
+    assert calls == [(3, 4), (5, 4)]
+
+
+def test_updates_of_one_shape_and_another_structure_are_told_apart():
+    transformation = gc_optax.centralize(out_last)
+    array = jnp.arange(6.0).reshape(2, 3)
+    kernel, _ = transformation.update({"kernel": array}, optax.EmptyState())
+    bias, _ = transformation.update({"bias": array}, optax.EmptyState())
+    np.testing.assert_array_equal(kernel["kernel"], [[-1.5] * 3, [1.5] * 3])
+    assert bias["bias"] is array
+
+
+@pytest.mark.parametrize("role", ["axes", "mask"])
+def test_a_function_of_the_user_is_called_at_every_update(role):
+    calls = []
+
+    def counting(params):
+        calls.append(params)
+        return {"w": 0 if role == "axes" else True}
+
+    transformation = gc_optax.centralize(**{"axes": {"w": 0}} | {role: counting})
+    gradients = {"w": jnp.ones((3, 4))}
+    for _ in range(3):
+        transformation.update(gradients, optax.EmptyState())
+    assert len(calls) == 3
+    assert calls[0]["w"] is gradients["w"]
+
+
+def test_a_tree_without_a_hash_or_with_other_leaves_than_arrays_is_settled_every_time():
+    @jax.tree_util.register_pytree_node_class
+    class Unhashable:
+        def __init__(self, array):
+            self.array = array
+
+        def tree_flatten(self):
+            return (self.array,), ["a list"]
+
+        @classmethod
+        def tree_unflatten(cls, _, children):
+            return cls(*children)
+
+    transformation = gc_optax.centralize(out_last)
+    updates, _ = transformation.update([Unhashable(jnp.ones((3, 4)))], optax.EmptyState())
+    np.testing.assert_array_equal(updates[0].array, 0)
+    updates, _ = transformation.update([jax.nn.relu, jnp.ones((3, 4))], optax.EmptyState())
+    assert updates[0] is jax.nn.relu
+    np.testing.assert_array_equal(updates[1], 0)
+
+
+# What to write instead
+
+
+@pytest.mark.parametrize(
+    ("axes", "params", "message"),
+    [
+        ("out_last", PARAMS, "A convention is a function: gc_optax.out_last"),
+        (
+            {"params": PARAMS},
+            PARAMS,
+            "What axes have below ['params'] fits: give both with it, or both without",
+        ),
+        (PARAMS, {"params": PARAMS}, "What the parameters have below ['params'] fits: give both"),
+    ],
+)
+def test_a_tree_that_does_not_fit_is_answered_with_the_mend(axes, params, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        gc_optax.centralize(axes).init(params)
+
+
+def test_axes_of_the_general_function_are_refused_for_an_nnx_optimizer_with_the_name_of_its_own():
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    axes = gc_optax.infer_axes(lambda model, x: jnp.sum(model(x)), model, jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=re.escape("gc_optax.nnx.infer_axes gives them")):
+        nnx.Optimizer(model, gc_optax.centralize(axes), wrt=nnx.Param)
+
+
+# Leaves that hold no numbers, or none that can be subtracted
+
+
+def test_a_class_among_the_leaves_is_no_array():
+    tree = {"dtype": np.float32, "kernel": jnp.ones((3, 4))}
+    assert settled(None, params=tree) == [(), (0,)]
+    assert gc_optax.centralize_gradients(tree)["dtype"] is np.float32
+
+
+@pytest.mark.parametrize(
+    ("leaf", "message"),
+    [
+        (Shape((3, 4), jnp.float32), "the gradient of ['a']['w'] must be an array, got a ShapeDtypeStruct"),
+        (
+            np.ones((3, 4), np.longdouble),
+            "['a']['w'], shape (3, 4), is of dtype float128, which JAX does not",
+        ),
+        (np.ones((3, 4), np.clongdouble), "['a']['w'], shape (3, 4), is of dtype complex256, which JAX"),
+    ],
+)
+def test_what_jax_cannot_compute_with_is_refused_by_name(leaf, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        gc_optax.centralize_gradients({"a": {"w": leaf}})
+    with pytest.raises(TypeError, match=re.escape(message)):
+        gc_optax.centralize().update({"a": {"w": leaf}}, optax.EmptyState())
+    masked = gc_optax.centralize_gradients({"a": {"w": leaf}}, mask=False)
+    assert masked["a"]["w"] is leaf
+
+
+def test_a_dtype_without_a_sign_is_left_alone_with_the_reason():
+    scales = jnp.ones((3, 4), jnp.float8_e8m0fnu)
+    (axes,) = settle({"w": scales}, {"w": 0}, None)
+    assert (axes.fan_in, axes.why) == ((), "float8_e8m0fnu has no sign, so it holds no difference")
+    assert gc_optax.centralize_gradients({"w": scales}, {"w": 0})["w"] is scales
