@@ -25,9 +25,8 @@ STEPS = range(1, 51)
 RATE, RATE_DECAY, WEIGHT_DECAY, MOMENTUM = 0.05, 0.02, 0.1, 0.9
 B1, B2 = 0.9, 0.99
 ALPHA, K = 0.4, 6
-# Large enough for a misplaced epsilon to show, small enough for its place not to matter, and that of the
-# authors' Adagrad.
-EPS, NO_EPS, ADAGRAD_EPS = 1e-3, 1e-14, 1e-10
+# Large enough for a misplaced epsilon to show, and that of the authors' Adagrad.
+EPS, ADAGRAD_EPS = 1e-3, 1e-10
 
 
 # The rules
@@ -165,29 +164,30 @@ def radam_gc2(w, gradient, project, eps):
         yield w
 
 
-def radam_step_as_coded(w, m, v, t, eps):
-    r = rectification(t)
-    if r is None:
-        return RATE / (1 - B1**t) * (m + WEIGHT_DECAY * w)
-    step_size = RATE * np.sqrt(1 - B2**t) * r / (1 - B1**t)
-    return step_size * (m / (np.sqrt(v) + eps) + WEIGHT_DECAY * w)
+def published_radam(
+    w, gradient, project, eps, *, gc_loc, alias, rate=RATE, decay=WEIGHT_DECAY, lookahead=False
+):
+    """The authors' RAdam, or with `lookahead` the fast weights of their Ranger.
 
-
-def radam_gc_as_coded(w, gradient, project, eps):
-    """The authors' RAdam with gc_loc=True."""
+    With `alias` the momentum takes up the decay and the projection as long as the step is not rectified.
+    That is the code as published. Without, the step starts from a copy of the momentum.
+    """
     m = v = 0.0
+    slow = w
     for t in STEPS:
-        m, v = moments(m, v, project(gradient(w, t)))
-        w = w - radam_step_as_coded(w, m, v, t, eps)
-        yield w
-
-
-def radam_gc2_as_coded(w, gradient, project, eps):
-    """The authors' RAdam with gc_loc=False."""
-    m = v = 0.0
-    for t in STEPS:
-        m, v = moments(m, v, gradient(w, t))
-        w = w - project(radam_step_as_coded(w, m, v, t, eps))
+        g = gradient(w, t)
+        m, v = moments(m, v, project(g) if gc_loc else g)
+        r = rectification(t)
+        step = decay * w + (m if r is None else m / (np.sqrt(v) + eps))
+        if not gc_loc:
+            step = project(step)
+        if alias and r is None:
+            m = step
+        scale = 1.0 if r is None else r * np.sqrt(1 - B2**t)
+        w = w - rate * scale / (1 - B1**t) * step
+        if lookahead and t % K == 0:
+            slow = slow + ALPHA * (w - slow)
+            w = slow
         yield w
 
 
@@ -216,6 +216,12 @@ def ranger2(w, gradient, project, eps):
         yield w
 
 
+RADAM_AS_MEANT, RADAM_AS_CODED = (
+    {gc_loc: functools.partial(published_radam, gc_loc=gc_loc, alias=alias) for gc_loc in (True, False)}
+    for alias in (False, True)
+)
+PLAIN_RADAM = functools.partial(published_radam, gc_loc=False, alias=True, rate=RATE**2)
+
 RULES = (
     sgd_gc,
     sgd_with_decay_outside,
@@ -230,8 +236,9 @@ RULES = (
     adagrad_gc,
     radam_gc,
     radam_gc2,
-    radam_gc_as_coded,
-    radam_gc2_as_coded,
+    *RADAM_AS_MEANT.values(),
+    *RADAM_AS_CODED.values(),
+    PLAIN_RADAM,
     ranger,
     ranger2,
 )
@@ -331,9 +338,8 @@ SGD = {"learning_rate": RATE, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY
 ADAM = {"learning_rate": RATE, "b1": B1, "b2": B2, "eps": EPS, "weight_decay": WEIGHT_DECAY}
 ADAGRAD = {"learning_rate": RATE, "lr_decay": RATE_DECAY, "weight_decay": WEIGHT_DECAY}
 RANGER = {**ADAM, "alpha": ALPHA, "k": K}
-AS_CODED = {**ADAM, "eps": NO_EPS}
 
-VARIANTS = {
+IN_THE_TABLE = {
     "SGD_GC": ("sgd_gc", SGD, sgd_gc, "all"),
     "SGD_GCC": ("sgd_gcc", SGD, sgd_gc, "conv"),
     "SGDW_GCC": ("sgdw_gcc", SGD, sgdw_gc, "conv"),
@@ -347,21 +353,36 @@ VARIANTS = {
     "RAdam, gc_loc=False": ("radam_gc", {**ADAM, "gc_loc": False}, radam_gc2, "all"),
     "Ranger, gc_loc=True": ("ranger", {**RANGER, "gc_loc": True}, ranger, "all"),
     "Ranger, gc_loc=False": ("ranger", {**RANGER, "gc_loc": False}, ranger2, "all"),
-    "AdamW_GCC2 as coded": ("adamw_gcc2_as_coded", AS_CODED, adamw_gc2_as_coded, "conv"),
+}
+AS_PUBLISHED = {
+    "AdamW_GCC2 as coded": ("adamw_gcc2_as_coded", ADAM, adamw_gc2_as_coded, "conv"),
+    "RAdam as meant, gc_loc=True": (
+        "radam_gc_as_meant",
+        {**ADAM, "gc_loc": True},
+        RADAM_AS_MEANT[True],
+        "all",
+    ),
+    "RAdam as meant, gc_loc=False": (
+        "radam_gc_as_meant",
+        {**ADAM, "gc_loc": False},
+        RADAM_AS_MEANT[False],
+        "all",
+    ),
     "RAdam as coded, gc_loc=True": (
         "radam_gc_as_coded",
-        {**AS_CODED, "gc_loc": True},
-        radam_gc_as_coded,
+        {**ADAM, "gc_loc": True},
+        RADAM_AS_CODED[True],
         "all",
     ),
     "RAdam as coded, gc_loc=False": (
         "radam_gc_as_coded",
-        {**AS_CODED, "gc_loc": False},
-        radam_gc2_as_coded,
+        {**ADAM, "gc_loc": False},
+        RADAM_AS_CODED[False],
         "all",
     ),
+    "PlainRAdam as coded": ("radam_gc_as_coded", {**ADAM, "learning_rate": RATE**2}, PLAIN_RADAM, "all"),
 }
-IN_THE_TABLE = [name for name in VARIANTS if "as coded" not in name]
+VARIANTS = IN_THE_TABLE | AS_PUBLISHED
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -377,7 +398,7 @@ def run(variant, dtype):
 def test_takes_the_steps_of_its_rule(variant):
     _, arguments, rule, scope = VARIANTS[variant]
     expected = reference(rule, scope, arguments.get("eps", 0.0))
-    assert distance(fast(run(variant, np.float64)), expected) < 1e-10
+    assert distance(fast(run(variant, np.float64)), expected) < 1e-12
     assert distance(fast(run(variant, np.float32)), expected) < 1e-4
 
 
@@ -392,7 +413,7 @@ def test_takes_the_steps_of_no_other_rule(variant):
     _, arguments, own_rule, own_scope = VARIANTS[variant]
     taken = fast(run(variant, np.float64))
     distances = {
-        (rule.__name__, scope): distance(taken, reference(rule, scope, arguments.get("eps", EPS)))
+        (rule, scope): distance(taken, reference(rule, scope, arguments.get("eps", EPS)))
         for rule in RULES
         for scope in CENTRALIZED
         if (rule, scope) != (own_rule, own_scope)
@@ -400,6 +421,42 @@ def test_takes_the_steps_of_no_other_rule(variant):
     assert len(distances) == 3 * len(RULES) - 1
     nearest = min(distances, key=distances.get)
     assert distances[nearest] > 0.05, nearest
+
+
+@pytest.mark.parametrize("gc_loc", [True, False])
+@pytest.mark.parametrize(("recipe", "alias"), [("radam_gc_as_meant", False), ("radam_gc_as_coded", True)])
+def test_lookahead_makes_the_authors_ranger_of_their_radam(recipe, alias, gc_loc):
+    with jax.enable_x64(True):
+        fast_optimizer = getattr(recipes(), recipe)(**ADAM, gc_loc=gc_loc)
+        ranger = optax.lookahead(fast_optimizer, sync_period=K, slow_step_size=ALPHA)
+        taken = trajectory(ranger, params=optax.LookaheadParams.init_synced(PARAMS))
+    rule = functools.partial(published_radam, gc_loc=gc_loc, alias=alias, lookahead=True)
+    assert distance(taken.fast, reference(rule, "all", EPS)) < 1e-12
+
+
+@functools.cache
+def alias_table():
+    """The percentages on the page, by optimizer, weight decay and `gc_loc`."""
+    rows = re.findall(
+        r"^\| (RAdam|Ranger) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE.read_text(), re.MULTILINE
+    )
+    return {
+        (optimizer, float(decay), gc_loc): percent
+        for optimizer, decay, *percents in rows
+        for gc_loc, percent in zip((True, False), percents, strict=True)
+    }
+
+
+@pytest.mark.parametrize("gc_loc", [True, False])
+@pytest.mark.parametrize("decay", [0.1, 0.005, 0.0])
+@pytest.mark.parametrize("optimizer", ["RAdam", "Ranger"])
+def test_the_alias_in_the_authors_code_leads_as_far_as_the_page_says(optimizer, decay, gc_loc):
+    rule = functools.partial(published_radam, gc_loc=gc_loc, decay=decay, lookahead=optimizer == "Ranger")
+    as_meant, as_coded = (
+        reference(functools.partial(rule, alias=alias), "all", EPS) for alias in (False, True)
+    )
+    percent = 100 * distance(as_meant, as_coded) / distance(as_coded, PARAMS)
+    assert alias_table()[optimizer, decay, gc_loc] == f"{percent:.1f}"
 
 
 @pytest.mark.parametrize("variant", ["Ranger, gc_loc=True", "Ranger, gc_loc=False"])
@@ -428,7 +485,7 @@ def table():
 
 
 def test_the_table_has_every_variant():
-    assert list(table()) == IN_THE_TABLE
+    assert list(table()) == list(IN_THE_TABLE)
 
 
 @pytest.mark.parametrize("variant", IN_THE_TABLE)
@@ -454,3 +511,22 @@ def test_sgd_takes_the_same_steps_with_the_projection_behind_the_momentum():
     with jax.enable_x64(True):
         behind = trajectory(centralized(sgd, centralize(out_last), where="updates"))
     assert distance(behind, run("SGD_GC", np.float64)) < 1e-10
+
+
+def first_rectified_step(b2):
+    """Until RAdam rectifies, its direction is the gradient where that is constant."""
+    radam = optax.scale_by_radam(b2=b2)
+    gradient = jnp.asarray([2.0])
+    state = radam.init(gradient)
+    for t in STEPS:
+        direction, state = radam.update(gradient, state)
+        if not np.allclose(direction, gradient):
+            return t
+    raise AssertionError("never")
+
+
+def test_float32_lets_radam_rectify_early_only_with_a_large_b2():
+    with jax.enable_x64(True):
+        assert [first_rectified_step(b2) for b2 in (0.9, 0.999, 0.9999)] == [6, 6, 6]
+    assert first_rectified_step(0.999) == 6
+    assert first_rectified_step(0.9999) < 6
