@@ -23,6 +23,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
+MAKEFILE = pathlib.Path(__file__).parent.parent / "Makefile"
 SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "pod_training.py"
 SMALL = ["--layers=2", "--embed=16", "--heads=2", "--length=16", "--batch-size=8", "--learning-rate=0.01"]
 STEPS = 30
@@ -537,3 +538,26 @@ def test_the_checksum_is_of_the_bits_and_their_places_however_they_are_split(scr
     shards = jax.device_put(array, NamedSharding(mesh, PartitionSpec("fsdp", "tp")))
     assert int(checksum(shards)) == int(checksum(array))
     assert "all-gather" not in checksum.lower(shards).compile().as_text()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_deletes_no_folder_of_checkpoints(tmp_path):
+    shutil.copy(MAKEFILE, tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "examples.installed").touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\nfor last; do :; done; echo "$last" >> folders; touch "$last/checkpoint"\n')
+    python.chmod(0o755)
+    mine = tmp_path / "pod_training" / "mine"
+    mine.parent.mkdir()
+    mine.touch()
+    for target in ("demo-pod", "demo-pod", "clean"):
+        subprocess.run(
+            ["make", target], cwd=tmp_path, env=ENVIRONMENT | {"TMPDIR": str(tmp_path)}, check=True
+        )
+    assert mine.exists()
+    folders = (tmp_path / "folders").read_text().splitlines()
+    assert len(set(folders)) == 2
+    for folder in folders:
+        assert [path.name for path in pathlib.Path(folder).iterdir()] == ["checkpoint"]
