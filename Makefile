@@ -17,10 +17,9 @@ help:
 demo: .venv/examples.installed
 	$(BIN)/python examples/quickstart.py
 
-# The script does not write over checkpoints: those of the last demo have to go.
+# The script does not write over checkpoints: each demo has a new folder for them, and none is deleted.
 demo-pod: .venv/examples.installed
-	rm -rf pod_training
-	$(BIN)/python examples/pod_training.py --simulated-devices 8 --checkpoints pod_training
+	$(BIN)/python examples/pod_training.py --simulated-devices 8 --checkpoints "$$(mktemp -d)"
 
 test: .venv/dev.installed
 	$(BIN)/python -m pytest
@@ -40,7 +39,7 @@ build: .venv/dev.installed
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv .venv-tpu dist pod_training .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-tpu dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # One stamp for each set of extras in pyproject.toml: the demo does not wait for the tests' dependencies.
 %.installed: pyproject.toml

@@ -32,12 +32,25 @@ and saves a picture of the loss.
 
     python examples/pod_training.py --simulated-devices 8 --checkpoints run
     python examples/pod_training.py --simulated-devices 8 --checkpoints run --resume --steps 600
+
+Each checkpoint has the checksums of its arrays and of its record, and a run goes on only from one that fits
+them. If the last one does not, the error names the last one that does. `--resume-step 550` goes on from that
+one, and moves the later ones into a folder beside them, so that nothing is lost. One folder is for one run at
+a time: a second one is refused. A bucket has no locks, so there that is up to you.
 """
 
 import argparse
+import contextlib
+import errno
+import fcntl
 import functools
+import io
+import itertools
 import json
+import logging
+import os
 import pathlib
+import sys
 import sysconfig
 import zlib
 from collections.abc import Callable
@@ -61,8 +74,10 @@ import gc_optax
 BYTES = 256
 WARMUP_STEPS = 20
 MEASURED_BATCHES = 4
-# What a run must have in common with the checkpoints it resumes from, beside the text.
-SETTINGS = ("seed", "batch_size", "length", "layers", "embed", "heads")
+# What a run must have in common with the checkpoint it resumes from, beside the text.
+FIXED = ("seed", "batch_size", "length", "layers", "embed", "heads")
+# What it may change, beside the mesh.
+CHANGEABLE = ("learning_rate", "no_centralization", "save_every")
 
 
 class Text(NamedTuple):
@@ -85,6 +100,14 @@ class Measurement(NamedTuple):
     step: int
     train: float
     held_out: float
+
+
+class CheckpointError(Exception):
+    """Why a run cannot go on from a checkpoint."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """What is in the checkpoint is not what was saved."""
 
 
 def kernel(*axes: str | None) -> Callable:
@@ -251,6 +274,15 @@ def measure_baselines(text: Text, arguments: argparse.Namespace) -> dict[str, fl
     }
 
 
+def describe_run(arguments: argparse.Namespace, mesh: Mesh, text: Text) -> dict[str, Any]:
+    """What a checkpoint says about the run that makes it."""
+    return {
+        **{name: getattr(arguments, name) for name in FIXED + CHANGEABLE},
+        "mesh": f"fsdp {mesh.shape['fsdp']} x tp {mesh.shape['tp']}",
+        "text": f"{len(text.train):,} bytes of checksum {zlib.crc32(text.train):08x}",
+    }
+
+
 def make_params(model: Decoder, arguments: argparse.Namespace) -> optax.Params:
     """The first parameters, in boxes that say how they are split."""
     text = jnp.zeros((arguments.batch_size, arguments.length), jnp.int32)
@@ -273,30 +305,35 @@ def make_optimizer(
     return gc_optax.centralized(adamw, gc_optax.centralize(axes))
 
 
+def make_boxed_state(
+    model: Decoder, optimizer: optax.GradientTransformation, arguments: argparse.Namespace
+) -> State:
+    """The state to begin with, in boxes that say how it is split."""
+    params = make_params(model, arguments)
+    return State(params, optimizer.init(params))
+
+
+def describe_state(
+    model: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh, arguments: argparse.Namespace
+) -> State:
+    """The shapes of the state, and where each of their shards belongs."""
+    shapes = jax.eval_shape(lambda: make_boxed_state(model, optimizer, arguments))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(shapes),
+        nn.get_sharding(shapes, mesh),
+    )
+
+
 def make_state(
     model: Decoder,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    manager: ocp.CheckpointManager | None,
+    description: State,
     arguments: argparse.Namespace,
 ) -> State:
-    """The state to begin with, new or from the last checkpoint, each of its shards made where it belongs."""
-
-    def boxed() -> State:
-        params = make_params(model, arguments)
-        return State(params, optimizer.init(params))
-
-    shapes = jax.eval_shape(boxed)
-    shardings = nn.get_sharding(shapes, mesh)
-    if manager is None or not arguments.resume:
-        return jax.jit(lambda: nn.unbox(boxed()), out_shardings=shardings)()
-    target = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.unbox(shapes),
-        shardings,
-    )
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-    return manager.restore(manager.latest_step(), args=args)["state"]
+    """The state to begin with, each of its shards made where it belongs."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, description)
+    return jax.jit(lambda: nn.unbox(make_boxed_state(model, optimizer, arguments)), out_shardings=shardings)()
 
 
 def make_step(
@@ -313,49 +350,214 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def open_checkpoints(
-    arguments: argparse.Namespace, settings: dict[str, Any], parser: argparse.ArgumentParser
-) -> ocp.CheckpointManager | None:
-    """The folder of checkpoints: one without any to begin with, one that fits to resume from."""
-    if arguments.checkpoints is None:
-        return None
+def lock_checkpoints(
+    arguments: argparse.Namespace, parser: argparse.ArgumentParser, console: Console
+) -> None:
+    """Keeps other runs out of the folder of checkpoints until this one is gone, however it ends."""
+    folder = arguments.checkpoints
+    problem = 0
+    if jax.process_index() == 0 and "://" not in folder:
+        try:
+            if not arguments.resume:
+                pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+            if pathlib.Path(folder).exists():
+                # The file is never closed: the system lets go of the lock when the process is gone.
+                file = os.open(pathlib.Path(folder, "lock"), os.O_RDWR | os.O_CREAT)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            problem = error.errno
+    problem = int(multihost_utils.broadcast_one_to_all(np.int32(problem)))
+    if problem == errno.EWOULDBLOCK:
+        parser.error(f"argument --checkpoints: another run is using {folder}")
+    if problem in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+        console.print(f"{folder} cannot be locked: no other run must use it", soft_wrap=True)
+    elif problem:
+        parser.error(f"argument --checkpoints: {folder}: {os.strerror(problem)}")
+
+
+def one_line(error: Exception) -> str:
+    """An error's kind, and as much of what it says as one likes to read."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def open_checkpoints(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> ocp.CheckpointManager:
+    """The folder of checkpoints: one without any to begin with, one that has the step to resume from."""
+    folder = arguments.checkpoints
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(2),
         create=not arguments.resume,
         cleanup_tmp_directories=True,
     )
-    manager = ocp.CheckpointManager(arguments.checkpoints, options=options)
-    last = manager.latest_step()
+    try:
+        manager = ocp.CheckpointManager(folder, options=options)
+    # A damaged file can make Orbax, TensorStore and json raise anything, and so can a bucket.
+    except Exception as error:
+        parser.error(f"argument --checkpoints: Orbax cannot open {folder}\n({one_line(error)})")
+    steps = sorted(manager.all_steps())
     if not arguments.resume:
-        if last is not None:
-            parser.error(
-                f"argument --checkpoints: {arguments.checkpoints} has some; go on from them with --resume"
-            )
+        if steps:
+            parser.error(f"argument --checkpoints: {folder} has some; go on from them with --resume")
         return manager
-    if last is None:
-        parser.error(f"argument --resume: there are no checkpoints in {arguments.checkpoints}")
-    if last >= arguments.steps:
-        parser.error(f"argument --steps: the last checkpoint is that of step {last} already")
-    for name, value in read_record(manager)["settings"].items():
-        if value != settings[name]:
-            flag = name.replace("_", "-")
-            parser.error(f"argument --{flag}: the checkpoints were made with {value}, not {settings[name]}")
+    if not steps:
+        parser.error(f"argument --resume: there are no checkpoints in {folder}")
+    if arguments.resume_step is None:
+        arguments.resume_step = steps[-1]
+    if arguments.resume_step not in steps:
+        there = ", ".join(map(str, steps))
+        parser.error(f"argument --resume-step: {folder} has no step {arguments.resume_step}, but {there}")
+    if arguments.resume_step >= arguments.steps:
+        parser.error(f"argument --steps: the checkpoint is that of step {arguments.resume_step} already")
     return manager
+
+
+def scramble(words: jax.Array) -> jax.Array:
+    """Other words for different words, with no pattern left: the end of MurmurHash3."""
+    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
+    return words ^ (words >> 16)
+
+
+@jax.jit
+def checksum(array: jax.Array) -> jax.Array:
+    """A number for the bits of an array and where they are.
+
+    It is a sum over the elements, so it does not depend on how the array is split, and only numbers are sent.
+    A change to one element always changes it.
+    """
+    place = jnp.zeros(array.shape, jnp.uint32)
+    for axis, size in enumerate(array.shape):
+        place = place * size + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+    return scramble(bits.astype(jnp.uint32) ^ scramble(place)).sum(dtype=jnp.uint32)
+
+
+def checksums(state: State) -> dict[str, int]:
+    """The checksum of every array of the state, by its path."""
+    # To wait for each keeps them from queueing up on the devices.
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): int(checksum(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def record_checksum(record: dict[str, Any]) -> int:
+    """The checksum of what a checkpoint has beside the state."""
+    return zlib.crc32(json.dumps(record).encode())
 
 
 def save(
     manager: ocp.CheckpointManager, state: State, settings: dict[str, Any], measurements: list[Measurement]
 ) -> None:
     """Writes a checkpoint in the background, every process its own shards."""
-    record = {"settings": settings, "measurements": measurements}
+    record = {
+        "settings": settings,
+        "measurements": measurements,
+        "checksums": checksums(state),
+    }
+    record["checksum"] = record_checksum(record)
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
     manager.save(measurements[-1].step, args=args)
 
 
-def read_record(manager: ocp.CheckpointManager) -> dict[str, Any]:
-    """What the last checkpoint has beside the state: the settings, and all that was measured."""
-    args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    return manager.restore(manager.latest_step(), args=args)["record"]
+def read_record(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint has beside the state: the settings, all that was measured, and the checksums."""
+    record = ocp.JsonCheckpointHandler().restore(folder / "record")
+    if record.pop("checksum") != record_checksum(record):
+        raise ValueError("the record is not what was saved")
+    for name in (*FIXED, "text"):
+        saved = record["settings"][name]
+        if saved != settings[name]:
+            flag = name.replace("_", "-")
+            raise CheckpointError(
+                f"argument --{flag}: the checkpoints were made with {saved}, not {settings[name]}"
+            )
+    return record
+
+
+def restore(
+    manager: ocp.CheckpointManager, step: int, description: State, settings: dict[str, Any]
+) -> tuple[State, dict[str, Any]]:
+    """The state and the record of a checkpoint. If they are not what was saved, every process raises."""
+    folder = manager.directory / str(step)
+    # Where one read fails, Orbax leaves others behind, and each prints a traceback when it ends. So after a
+    # failure, what is written to stderr is lost. `resume` has kept it for the error.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    stderr, sys.stderr = sys.stderr, io.StringIO()
+    problem = ""
+    try:
+        record = read_record(folder, settings)
+        # CheckpointManager.restore would let the other processes wait for one that cannot read its shards.
+        args = ocp.args.StandardRestore(description)
+        state = ocp.StandardCheckpointHandler().restore(folder / "state", args=args)
+        sys.stderr = stderr
+    except CheckpointError:
+        raise
+    except Exception as error:
+        problem = one_line(error)
+    if multihost_utils.process_allgather(np.array(bool(problem))).any():
+        raise DamagedCheckpointError(problem or "another process cannot read it")
+    for path, number in checksums(state).items():
+        if number != record["checksums"][path]:
+            raise DamagedCheckpointError(f"{path} is not what was saved")
+    return state, record
+
+
+def restore_or_advise(
+    manager: ocp.CheckpointManager, step: int, description: State, settings: dict[str, Any]
+) -> tuple[State, dict[str, Any]]:
+    """The state and the record of a checkpoint, or an error that names another one that is whole."""
+    try:
+        return restore(manager, step, description, settings)
+    except DamagedCheckpointError as error:
+        reason = str(error)
+    advice = "no other checkpoint there is whole"
+    for other in sorted(set(manager.all_steps()) - {step}, reverse=True):
+        with contextlib.suppress(DamagedCheckpointError):
+            restore(manager, other, description, settings)
+            advice = f"that of step {other} is whole: go on from it with --resume-step {other}"
+            break
+    damage = f"the checkpoint of step {step} in {manager.directory} is damaged"
+    raise CheckpointError(f"argument --resume: {damage}; {advice}\n({reason})")
+
+
+def resume(
+    manager: ocp.CheckpointManager,
+    description: State,
+    settings: dict[str, Any],
+    arguments: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    console: Console,
+) -> tuple[State, list[Measurement]]:
+    """The state and the measurements of the checkpoint to go on from."""
+    stderr = sys.stderr
+    try:
+        state, record = restore_or_advise(manager, arguments.resume_step, description, settings)
+    except CheckpointError as error:
+        with contextlib.redirect_stderr(stderr):
+            parser.error(str(error))
+    for name in (*CHANGEABLE, "mesh"):
+        saved = record["settings"][name]
+        if saved != settings[name]:
+            line = f"{name.replace('_', ' ')}: {settings[name]}, while the checkpoint was made with {saved}"
+            console.print(line, highlight=False, soft_wrap=True)
+    set_later_steps_aside(manager, arguments.resume_step, console)
+    return state, [Measurement(*row) for row in record["measurements"]]
+
+
+def set_later_steps_aside(manager: ocp.CheckpointManager, step: int, console: Console) -> None:
+    """Moves the checkpoints after a step into a new folder, for Orbax to save in their place."""
+    later = [other for other in manager.all_steps() if other > step]
+    if not later:
+        return
+    if jax.process_index() == 0:
+        folders = (manager.directory / f"set_aside_{number}" for number in itertools.count(1))
+        aside = next(folder for folder in folders if not folder.exists())
+        aside.mkdir()
+        for other in later:
+            (manager.directory / str(other)).rename(aside / str(other))
+        console.print(f"The later checkpoints are now in {aside}", soft_wrap=True)
+    multihost_utils.sync_global_devices("the later checkpoints are set aside")
+    manager.reload()
 
 
 def make_progress(console: Console) -> Progress:
@@ -376,13 +578,18 @@ def train(
     text: Text,
     mesh: Mesh,
     manager: ocp.CheckpointManager | None,
+    parser: argparse.ArgumentParser,
     console: Console,
 ) -> list[Measurement]:
     """Takes the steps that are left; measures and saves every now and then."""
     split = NamedSharding(mesh, PartitionSpec("fsdp"))
     model = Decoder(arguments.layers, arguments.embed, arguments.heads, split)
     optimizer = make_optimizer(model, arguments, console)
-    state = make_state(model, optimizer, mesh, manager, arguments)
+    description = describe_state(model, optimizer, mesh, arguments)
+    if manager is not None and arguments.resume:
+        state, measurements = resume(manager, description, settings, arguments, parser, console)
+    else:
+        state, measurements = make_state(model, optimizer, description, arguments), []
     step = make_step(model, optimizer, state)
     evaluate = jax.jit(functools.partial(loss, model))
     samples = [
@@ -396,10 +603,8 @@ def train(
 
     with make_progress(console) as progress:
         bar = progress.add_task("compiling", total=arguments.steps)
-        if manager is not None and arguments.resume:
-            measurements = [Measurement(*row) for row in read_record(manager)["measurements"]]
-        else:
-            measurements = [measure(0, state.params)]
+        if not measurements:
+            measurements.append(measure(0, state.params))
         for number in range(measurements[-1].step, arguments.steps):
             starts = random_starts(text.train, number, arguments)
             state, value = step(state, feed(text.train, starts, arguments.length, split))
@@ -514,6 +719,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     )
     number("--save-every", 25, "steps from one measurement and checkpoint to the next")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    number("--resume-step", None, "go on from the checkpoint of this step, and set later ones aside")
     number("--tensor-parallel", None, "mesh axis tp (default: 2 if 4 divides the number of devices, else 1)")
     number("--simulated-devices", None, "make this many devices of the CPU, in each process")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens to the others")
@@ -529,6 +735,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.embed % arguments.heads:
         parser.error(f"argument --heads: {arguments.heads} does not divide --embed {arguments.embed}")
+    arguments.resume = arguments.resume or arguments.resume_step is not None
     if arguments.resume and arguments.checkpoints is None:
         parser.error("argument --resume: --checkpoints must name the folder to resume from")
     manual = (arguments.coordinator, arguments.processes, arguments.process_id)
@@ -546,19 +753,21 @@ def main() -> None:
     join_processes(arguments)
     mesh = make_mesh(arguments, parser)
     text = read_text(arguments.text, arguments.length, parser)
-    settings = {name: getattr(arguments, name) for name in SETTINGS}
-    settings["text"] = f"{len(text.train):,} bytes of checksum {zlib.crc32(text.train):08x}"
+    settings = describe_run(arguments, mesh, text)
     checksum = np.uint32(zlib.crc32(json.dumps(settings).encode()))
     multihost_utils.assert_equal(checksum, "the processes have different texts or options")
-    manager = open_checkpoints(arguments, settings, parser)
-
     console = Console(quiet=jax.process_index() > 0)
+    manager = None
+    if arguments.checkpoints is not None:
+        lock_checkpoints(arguments, parser, console)
+        manager = open_checkpoints(arguments, parser)
+
     console.print(
         f"devices: {mesh.size} {jax.default_backend()}, processes: {jax.process_count()}, "
-        f"mesh: fsdp {mesh.shape['fsdp']} x tp {mesh.shape['tp']}"
+        f"mesh: {settings['mesh']}"
     )
     console.print(f"text: {settings['text']}, and {len(text.held_out):,} held out")
-    measurements = train(arguments, settings, text, mesh, manager, console)
+    measurements = train(arguments, settings, text, mesh, manager, parser, console)
     if manager is not None:
         manager.close()
     if jax.process_index() == 0:
@@ -570,6 +779,8 @@ def main() -> None:
         report(measurements, baselines, title, console)
         draw(measurements, baselines, title, arguments.output)
         console.print(f"The curves are in {arguments.output.absolute()}", soft_wrap=True)
+        if manager is not None:
+            console.print(f"The checkpoints are in {arguments.checkpoints}", soft_wrap=True)
 
 
 if __name__ == "__main__":
