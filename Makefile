@@ -22,7 +22,7 @@ demo-pod: .venv/examples.installed
 	$(BIN)/python examples/pod_training.py --simulated-devices 8 --checkpoints "$$(mktemp -d)"
 
 test: .venv/dev.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov
 
 # The compiler for TPUs has an environment of its own: where it is installed, JAX looks for a TPU at every start.
 test-tpu: BIN := .venv-tpu/bin

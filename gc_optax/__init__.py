@@ -1,17 +1,42 @@
 """Gradient centralization for JAX, as an optax transformation."""
 
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
-from . import optimizers as optimizers
-from ._axes import WeightAxes as WeightAxes
-from ._centralize import centralize as centralize
-from ._centralize import centralize_gradients as centralize_gradients
-from ._centralize import centralized as centralized
-from ._conventions import conv_only as conv_only
-from ._conventions import out_first as out_first
-from ._conventions import out_last as out_last
-from ._infer import infer_axes as infer_axes
-from ._report import removed_fraction as removed_fraction
-from ._report import summarize as summarize
+from . import optimizers
+from ._axes import WeightAxes
+from ._centralize import centralize, centralize_gradients, centralized
+from ._conventions import conv_only, out_first, out_last
+from ._report import removed_fraction, summarize
+
+if _TYPE_CHECKING:  # pragma: no cover
+    from ._infer import infer_axes
 
 __version__ = _version("gc_optax")
+__all__ = [
+    "WeightAxes",
+    "centralize",
+    "centralize_gradients",
+    "centralized",
+    "conv_only",
+    "infer_axes",
+    "optimizers",
+    "out_first",
+    "out_last",
+    "removed_fraction",
+    "summarize",
+]
+
+
+def __getattr__(name: str) -> _Any:
+    # A program that has its axes need not load what reads programs.
+    if name == "infer_axes":
+        from ._infer import infer_axes
+
+        return infer_axes
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import reprlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +12,33 @@ import optax
 from jax import tree_util as jtu
 
 PyTree = Any
-Axes = PyTree | Callable[[PyTree], PyTree] | None
-Mask = PyTree | Callable[[PyTree], PyTree] | None
 Path = tuple[Any, ...]
+
+
+class _IsDataclass(Protocol):
+    """A node that is a dataclass, as a module of Equinox is."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class _IsMuonDimensionNumbers(Protocol):
+    """What `optax.contrib.MuonDimensionNumbers` is, for type checkers that do not read optax."""
+
+    @property
+    def reduction_axis(self) -> Any: ...
+    @property
+    def output_axis(self) -> Any: ...
+
+
+# To type checkers a tree is `Any` as soon as a part of it may be. So these name the kinds of nodes that trees
+# of axes are made of: a string or a transformation in their place is an error.
+Nodes: TypeAlias = "Mapping[Any, Any] | list[Any] | _IsDataclass | None"
+AxesTree: TypeAlias = (
+    "WeightAxes | int | np.integer[Any] | _IsMuonDimensionNumbers | tuple[AxesTree, ...] | Nodes"
+)
+MaskTree: TypeAlias = "bool | np.bool_ | tuple[MaskTree, ...] | Nodes"
+Axes: TypeAlias = "AxesTree | Callable[[PyTree], PyTree]"
+Mask: TypeAlias = "MaskTree | Callable[[PyTree], PyTree]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +180,7 @@ def is_axis(given: Any) -> bool:
     return isinstance(given, int | np.integer) and not isinstance(given, bool)
 
 
-def is_function(given: Any) -> bool:
+def is_function(given: Any) -> TypeGuard[Callable[[PyTree], PyTree]]:
     """Whether axes or a mask are given as a function of the parameters.
 
     A module of Equinox or NNX is callable too, but it is a tree: it has leaves of its own.

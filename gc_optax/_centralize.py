@@ -1,6 +1,7 @@
 """Gradient centralization in optax's protocol."""
 
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import numpy as np
@@ -14,6 +15,15 @@ from ._resolve import settle, settler
 from ._text import at, describe
 
 Where = Literal["gradients", "updates"]
+
+
+class Transformation(Protocol):
+    """What an `optax.GradientTransformation` is, for type checkers that do not read optax."""
+
+    @property
+    def init(self) -> Callable[[Any], Any]: ...
+    @property
+    def update(self) -> Callable[..., Any]: ...
 
 
 def centralize(
@@ -155,8 +165,8 @@ def centralize_gradients(
 
 
 def centralized(
-    optimizer: optax.GradientTransformation,
-    centralization: optax.GradientTransformation | None = None,
+    optimizer: Transformation,
+    centralization: Transformation | None = None,
     *,
     where: Where = "gradients",
 ) -> optax.GradientTransformationExtraArgs:

@@ -4,12 +4,12 @@ import functools
 import itertools
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 from jax import tree_util as jtu
 
-from ._axes import Axes, Path, PyTree, WeightAxes, is_function, is_inexact, left_alone, read_from
+from ._axes import Axes, AxesTree, Path, PyTree, WeightAxes, is_function, is_inexact, left_alone, read_from
 from ._text import BOX, at, describe
 
 _DOT = "dot_general"
@@ -93,7 +93,11 @@ def out_first(params: PyTree) -> PyTree:
     return jtu.tree_map_with_path(lambda path, leaf: _read(_out_first_kernel, path, leaf).axes, params)
 
 
-def conv_only(axes: Axes) -> Axes:
+@overload
+def conv_only(axes: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]: ...
+@overload
+def conv_only(axes: AxesTree) -> PyTree: ...
+def conv_only(axes: Axes) -> PyTree:
     """Keeps the convolutions of a tree or of a convention, and leaves everything else alone.
 
     This is `gc_conv_only` in the authors' code, and what the `GCC` variants of their optimizers do.

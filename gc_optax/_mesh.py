@@ -8,7 +8,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,11 @@ from jax import lax
 from jax import tree_util as jtu
 from jax.sharding import PartitionSpec
 
-from ._axes import NOTHING_LEFT, Path, PyTree, WeightAxes, is_absent, is_array_like
+from ._axes import NOTHING_LEFT, Nodes, Path, PyTree, WeightAxes, is_absent, is_array_like
 from ._resolve import match, resolve
 from ._text import describe, joined_lines, place, stacklevel_of_the_user
 
-PartitionSpecs = PyTree | Callable[[PyTree], PyTree] | None
+PartitionSpecs: TypeAlias = "PartitionSpec | tuple[PartitionSpecs, ...] | Nodes | Callable[[PyTree], PyTree]"
 
 # For the leading dimensions of an array, the mesh axes that split each. Further dimensions are not split.
 Split = tuple[tuple[str, ...], ...]

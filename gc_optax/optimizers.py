@@ -37,11 +37,11 @@ import optax
 import optax.contrib
 
 from ._axes import WeightAxes
-from ._centralize import Where, centralized
+from ._centralize import Transformation, Where, centralized
 from ._conventions import out_first, out_last
 
 _P = ParamSpec("_P")
-_Given: TypeAlias = optax.GradientTransformation | None
+_Given: TypeAlias = Transformation | None
 _Made: TypeAlias = optax.GradientTransformationExtraArgs
 
 _ADDED_DOCUMENTATION = """

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex
 
 Shape = tuple[int, ...]
 
@@ -25,7 +24,7 @@ def is_kind(atom: Any, kind: Any) -> bool:
 
 def is_literal(atom: Any) -> bool:
     """Whether it is a number that stands in the equation itself: `add a 1.0`."""
-    return isinstance(atom, jex.Literal)
+    return hasattr(atom, "val")
 
 
 def opened(jaxpr: Any) -> Any:
@@ -48,7 +47,7 @@ def bodies_of(eqn: Any) -> list[Any]:
     if eqn.primitive.name == "cond":
         return list(eqn.params["branches"])
     given = (value if isinstance(value, tuple | list) else [value] for value in eqn.params.values())
-    held = [v for values in given for v in values if isinstance(v, jex.Jaxpr | jex.ClosedJaxpr)]
+    held = [v for values in given for v in values if hasattr(v, "eqns")]
     return held if all(_ranks(opened(jaxpr)) == _ranks(eqn) for jaxpr in held) else []
 
 
