@@ -97,7 +97,7 @@ def main() -> None:
     report("time of an import, as a ratio to that of optax", imported, console)
     updated = {}
     for shapes in track((1, 10, 100, 1000), description="updates", transient=True, console=console):
-        updated[f"{shapes:,} shapes"] = take_turns(updates(shapes), arguments.rounds)
+        updated[f"{shapes:,} shape{'s' * (shapes > 1)}"] = take_turns(updates(shapes), arguments.rounds)
     report(f"time of an update of {KERNELS:,} kernels without jit, as a ratio to optax", updated, console)
     if arguments.json:
         written = {"machine": machine(), "imports": imported, "updates": updated}

@@ -10,7 +10,7 @@ from ._centralize import centralize, centralize_gradients, centralized
 from ._conventions import conv_only, out_first, out_last
 from ._report import removed_fraction, summarize
 
-if _TYPE_CHECKING:  # pragma: no cover
+if _TYPE_CHECKING:
     from ._infer import infer_axes
 
 __version__ = _version("gc_optax")

@@ -224,3 +224,22 @@ def test_train_step_measures_steps_and_compilations(load, monkeypatch, capsys, t
 def test_the_trees_to_compile_have_a_thousand_leaves(load):
     trees = load("train_step").trees()
     assert [len(jax.tree.leaves(params)) for params in trees.values()] == [1000, 1000]
+
+
+def test_outside_jit_measures_imports_and_updates(load, monkeypatch, capsys, tmp_path):
+    outside_jit = load("outside_jit")
+    numbers = tmp_path / "runs.json"
+    monkeypatch.setattr(outside_jit, "KERNELS", 3)
+    monkeypatch.setattr(sys, "argv", ["outside_jit.py", "--rounds", "1", "--json", str(numbers)])
+    monkeypatch.setenv("COLUMNS", "200")
+    outside_jit.main()
+    printed = capsys.readouterr().out
+    for heading in ("import", "1 shape ", "10 shapes", "100 shapes", "1,000 shapes", "by a tree of axes"):
+        assert heading in printed
+    written = json.loads(numbers.read_text())
+    assert {len(seconds) for seconds in written["imports"]["import"].values()} == {1}
+    assert min(written["imports"]["import"]["optax"]) > 0
+    for update in outside_jit.updates(2).values():
+        updates, _ = update()
+        assert len(updates) == 3
+        assert all(abs(layer["kernel"]).max() == 0 for layer in updates.values())

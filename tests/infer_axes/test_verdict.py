@@ -369,3 +369,29 @@ def test_the_reasons_of_parameters_in_one_value_are_their_own():
     )
     assert axes["picked"].why == "dynamic_slice: a lookup table"
     assert axes["bias"].why == "add: a bias, a scale or a gate"
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_the_bias_of_a_layer_with_one_output_is_a_bias(batch, squeezed):
+    def loss(params, x, y):
+        predicted = x @ params["kernel"] + params["bias"]
+        return jnp.mean(((predicted[:, 0] if squeezed else predicted) - y) ** 2)
+
+    params = {"kernel": jnp.ones((3, 1)), "bias": jnp.ones((1,))}
+    axes = infer_axes(loss, params, jnp.ones((batch, 3)), jnp.ones((batch,) if squeezed else (batch, 1)))
+    assert axes["bias"].why == "add: a bias, a scale or a gate"
+    assert axes["kernel"].fan_in == (0,)
+
+
+def test_very_many_unclear_parameters_are_named_up_to_a_bound():
+    params = {f"w{number:03}": jnp.ones((4, 4)) for number in range(120)}
+
+    def loss(params, x):
+        return sum(jnp.sum(x @ jnp.linalg.inv(w)) for w in params.values())
+
+    with pytest.warns(UserWarning, match=r"\['w099'\]") as caught:
+        infer_axes(loss, params, jnp.ones((2, 4)))
+    (message,) = (str(warning.message) for warning in caught)
+    assert "\n  and 20 more\n" in message
+    assert "['w100']" not in message
