@@ -65,8 +65,8 @@ def _centralized(factory: Callable[_P, optax.GradientTransformation]) -> _Factor
         for given in (*args, *kwargs.values()):
             if _is_for_centralize(given):
                 raise TypeError(
-                    f"{factory.__name__} got axes as an argument of optax's own. They go into what "
-                    f"centralizes: {factory.__name__}(1e-3, centralization=gc_optax.centralize(axes)); for "
+                    f"{factory.__name__} got axes or a centralization as an argument of optax's own. Axes go "
+                    f"into what centralizes, and that has a name: {factory.__name__}(1e-3, centralization=gc_optax.centralize(axes)); for "
                     "Muon's dimension numbers there is WeightAxes.to_muon"
                 )
         return centralized(factory(*args, **kwargs), centralization, where=where)
@@ -81,7 +81,9 @@ def _centralized(factory: Callable[_P, optax.GradientTransformation]) -> _Factor
 
 
 def _is_for_centralize(given: Any) -> bool:
-    """Whether an argument is a tree of axes or a convention, for which no optimizer has a use."""
+    """Whether an argument is axes, or what `centralize` makes of them, for which no optimizer has a use."""
+    if isinstance(given, optax.GradientTransformation):
+        return getattr(given.update, "__module__", "") == centralized.__module__
     is_convention = given is out_last or given is out_first
     return is_convention or any(isinstance(leaf, WeightAxes) for leaf in jax.tree.leaves(given))
 

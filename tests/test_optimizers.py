@@ -247,3 +247,16 @@ def test_axes_among_the_arguments_of_optax_are_refused(given):
     arguments = given["args"] if keywords else (*given["args"], {"kernel": axes})
     with pytest.raises(TypeError, match=re.escape("adamw(1e-3, centralization=gc_optax.centralize(axes))")):
         optimizers.adamw(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("arguments", [{"b1": centralize(AXES)}, {"nesterov": centralize()}], ids=str)
+def test_a_centralization_among_the_arguments_of_optax_is_refused(arguments):
+    with pytest.raises(TypeError, match=re.escape("that has a name: adamw(1e-3, centralization=")):
+        optimizers.adamw(1e-3, **arguments)
+
+
+def test_a_transformation_that_optax_has_a_use_for_is_passed_on():
+    search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=3)
+    optimizer = optimizers.lbfgs(1e-3, linesearch=search)
+    state = optimizer.init({"kernel": jnp.ones((3, 2))})
+    assert optax.tree.get(state, "ScaleByBacktrackingLinesearchState") is not None
