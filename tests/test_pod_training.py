@@ -139,6 +139,7 @@ def test_the_state_is_saved_in_shards(uninterrupted):
         assert kernel.storage.chunk_shape == (2, 4, 32)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_reaches_the_same_bits(text, uninterrupted, tmp_path):
     checkpoints = tmp_path / "checkpoints"
     arguments = ("--checkpoints", checkpoints, "--output", tmp_path / "curves.png")
@@ -163,6 +164,7 @@ def test_a_run_that_is_killed_and_resumed_reaches_the_same_bits(text, uninterrup
     np.testing.assert_array_equal(measurements, expected_measurements)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(text, uninterrupted, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     printed, nothing = succeed(*start_two((text, text), "--checkpoints", "checkpoints", devices=4))
@@ -175,6 +177,7 @@ def test_two_processes_train_as_one_does(text, uninterrupted, monkeypatch, tmp_p
     np.testing.assert_allclose(measurements, expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_processes_with_different_texts_do_not_train_together(text, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.py").write_text("pass\n" * 1000)
@@ -184,6 +187,7 @@ def test_processes_with_different_texts_do_not_train_together(text, monkeypatch,
         assert "text:" not in output
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_to_other_devices_and_to_centralization(text, tmp_path):
     arguments = ("--checkpoints", tmp_path / "checkpoints", "--output", tmp_path / "curves.png")
     (printed,) = succeed(start(text, *arguments, "--no-centralization", steps=EVERY))
