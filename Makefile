@@ -1,18 +1,23 @@
 # Everything runs in .venv, which is made on first use: Python 3.11 or newer and make are all that is needed.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+UV_INSTALL = $(PIP_INSTALL) uv && $(BIN)/uv pip install --python $(BIN)/python --quiet
+INSTALL = $(PIP_INSTALL)
 
-.PHONY: help demo demo-pod test test-tpu lint build clean
+.PHONY: help demo demo-pod test test-oldest test-newest test-tpu lint build clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      train a small Flax model with and without gradient centralization"
-	@echo "make demo-pod  train a sharded language model on eight simulated devices"
-	@echo "make test      run the tests, the docstrings' examples and the Python blocks of README.md and docs/"
-	@echo "make test-tpu  run the tests that compile for a TPU pod; no TPU is needed"
-	@echo "make lint      check format, style and types"
-	@echo "make build     build the wheel and the source distribution into dist/"
-	@echo "make clean     remove the environments and what was built"
+	@echo "make demo         train a small Flax model with and without gradient centralization"
+	@echo "make demo-pod     train a sharded language model on eight simulated devices"
+	@echo "make test         run the tests, the docstrings' examples and the Python blocks of README.md and docs/"
+	@echo "make test-oldest  run what is not slow with the oldest versions that pyproject.toml allows"
+	@echo "make test-newest  run what is not slow with the newest versions, on Python 3.13"
+	@echo "make test-tpu     run the tests that compile for a TPU pod; no TPU is needed"
+	@echo "make lint         check format, style and types"
+	@echo "make build        build the wheel and the source distribution into dist/"
+	@echo "make clean        remove the environments and what was built"
 
 demo: .venv/examples.installed
 	$(BIN)/python examples/quickstart.py
@@ -23,6 +28,24 @@ demo-pod: .venv/examples.installed
 
 test: .venv/dev.installed
 	$(BIN)/python -m pytest --cov
+
+# pip always takes the newest versions; uv can take the lowest of what pyproject.toml names. Where a floor does not go with
+# another requirement it takes a higher version, so floors.py looks at what is there. The documents need newer versions.
+test-oldest: BIN := .venv-oldest/bin
+test-oldest: INSTALL = $(UV_INSTALL) --resolution lowest-direct
+test-oldest: .venv-oldest/test.installed
+	$(BIN)/python tests/floors.py test
+	$(BIN)/python -m pytest -m "not slow" tests gc_optax
+
+# The newest JAX does not run on Python 3.11. What was released since the last time is installed first; the list
+# shows what some requirement holds back.
+test-newest: PYTHON = python3.13
+test-newest: BIN := .venv-newest/bin
+test-newest: INSTALL = $(UV_INSTALL)
+test-newest: .venv-newest/dev.installed
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --upgrade --editable '.[dev]'
+	$(BIN)/uv pip list --python $(BIN)/python --outdated
+	$(BIN)/python -m pytest -m "not slow"
 
 # The compiler for TPUs has an environment of its own: where it is installed, JAX looks for a TPU at every start.
 test-tpu: BIN := .venv-tpu/bin
@@ -39,11 +62,11 @@ build: .venv/dev.installed
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv .venv-tpu dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-tpu dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # One stamp for each set of extras in pyproject.toml: the demo does not wait for the tests' dependencies.
 %.installed: pyproject.toml
 	@echo "Setting up $(@D) for '$(*F)' (a minute or so)"
 	@$(PYTHON) -m venv $(@D)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(*F)]'
+	@$(INSTALL) --editable '.[$(*F)]'
 	@touch $@

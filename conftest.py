@@ -2,11 +2,15 @@
 
 import atexit
 import os
+import re
 import shutil
 import tempfile
+from importlib import metadata
 
 import hypothesis
 import jax
+import pytest
+from packaging.requirements import Requirement
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
@@ -26,3 +30,23 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"]).pytest()
+
+
+def pytest_report_header():
+    """The versions under test: of what pyproject.toml names, as far as it is installed, and of jaxlib."""
+    named = {re.match(r"[\w-]+", line)[0] for line in metadata.requires("gc_optax")} - {"gc_optax"}
+    installed = {found.name for found in metadata.distributions()}
+    return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(named & installed | {"jaxlib"}))
+
+
+# What these docstrings show is newer than the oldest version that gc_optax itself runs with.
+SHOWN_SINCE = {"gc_optax._report.removed_fraction": "optax>=0.2.7", "gc_optax.nnx.infer_axes": "flax>=0.12.7"}
+
+
+def pytest_collection_modifyitems(items):
+    """Leaves out the examples that the installed versions are too old for."""
+    for item in items:
+        if item.name in SHOWN_SINCE:
+            needed = Requirement(SHOWN_SINCE[item.name])
+            if metadata.version(needed.name) not in needed.specifier:
+                item.add_marker(pytest.mark.skip(reason=f"the example is for {needed}"))

@@ -147,6 +147,7 @@ def test_overhead_prints_medians_of_ratios_within_a_round(load, console):
     assert ["adamw: the largest ratio of gc_optax on a model tree is 1.00, on ResNet-50"] in rows(console)
 
 
+@pytest.mark.slow
 def test_overhead_runs_and_writes_what_it_measured(tmp_path):
     numbers, picture = tmp_path / "runs.json", tmp_path / "overhead.png"
     case = "(768, 12, 64)"
@@ -190,6 +191,7 @@ def test_a_peer_that_is_not_installed_is_refused(load, monkeypatch, capsys):
     assert "there is no torch here; pip install '.[peers]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_way_to_train_takes_whole_steps(load):
     train_step = load("train_step")
     model, batch = train_step.models()["quickstart, batch 32"]
@@ -202,6 +204,7 @@ def test_every_way_to_train_takes_whole_steps(load):
         before = after
 
 
+@pytest.mark.slow
 def test_train_step_measures_steps_and_compilations(load, monkeypatch, capsys, tmp_path):
     train_step = load("train_step")
     few = {name: params[:2] for name, params in train_step.trees().items()}

@@ -52,6 +52,10 @@ def trees():
     return each | {"all of them": all_of_them}
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 9, 1),
+    reason="XLA sums blocks of 32 first, and keeps their sums: no copy, but more than the means",
+)
 @pytest.mark.parametrize(("shapes", "axes"), trees().values(), ids=trees())
 def test_the_update_takes_no_more_memory_than_the_means(shapes, axes):
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}

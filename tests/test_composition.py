@@ -220,10 +220,15 @@ _REASONS = [
         "multiply does not accept",
     ),
     ("sam", _HAVE_A_BOOL, "chooses between states by multiplying them, also bools", r"types: int32 != bool"),
-    ("TrainState", _NEED_EXTRA_ARGUMENTS, _NOT_PASSED_ON, "required keyword-only|obj_fn must be provided"),
-    ("masked", ["lbfgs"], _MASKED, "pytree structure error"),
+    (
+        "TrainState",
+        _NEED_EXTRA_ARGUMENTS,
+        _NOT_PASSED_ON,
+        "required keyword-only|obj_fn must be provided|pass the latest loss value",
+    ),
+    ("masked", ["lbfgs"], _MASKED, "pytree structure error|Expected named tuple"),
     ("masked", ["sophia"], _MASKED, "MaskedNode"),
-    ("partition", ["lbfgs"], _MASKED, "pytree structure error"),
+    ("partition", ["lbfgs"], _MASKED, "pytree structure error|Expected named tuple"),
     ("partition", ["sophia"], _MASKED, "MaskedNode"),
     ("tree_map_params", ["lbfgs"], "its placeholder for parameters has no leaves", "list index out of range"),
 ]

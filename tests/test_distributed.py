@@ -130,6 +130,7 @@ def test_a_dimension_that_does_not_divide(dtype):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_device_does(tmp_path):
     path = tmp_path / "params.npz"
     logs = [tmp_path / f"process_{process}.txt" for process in range(2)]

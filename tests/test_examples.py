@@ -28,7 +28,10 @@ def run(monkeypatch, script, *arguments):
     runpy.run_path(str(script), run_name="__main__")
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["adam", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sgd", "adamw", "rmsprop"))],
+)
 def test_quickstart_trains_prints_a_table_and_saves_a_picture(optimizer, monkeypatch, capsys, tmp_path):
     picture = tmp_path / "curves.png"
     run(monkeypatch, QUICKSTART, "--optimizer", optimizer, "--epochs", 2, "--seeds", 1, "--output", picture)
@@ -45,6 +48,7 @@ def test_quickstart_trains_prints_a_table_and_saves_a_picture(optimizer, monkeyp
     assert struct.unpack(">II", header[16:24]) > (1000, 400)
 
 
+@pytest.mark.slow
 def test_quickstart_reports_runs_that_diverge(monkeypatch, capsys, tmp_path):
     arguments = ["--optimizer", "sgd", "--learning-rate", 1e30, "--epochs", 1, "--seeds", 1]
     run(monkeypatch, QUICKSTART, *arguments, "--output", tmp_path / "curves.png")
@@ -99,6 +103,7 @@ def test_bad_arguments_are_refused_before_the_training(
     assert f"argument {option}: {message}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_frozen_head_shows_a_head_that_only_optax_freezes(monkeypatch, capsys, tmp_path):
     run(monkeypatch, FROZEN_HEAD, "--steps", 20, "--seeds", 2, "--json", tmp_path / "runs.json")
     moved = dict(re.findall(r"│ (\S.*?) +│ .* │ +([\d.]+) ± [\d.]+ │", capsys.readouterr().out))
@@ -108,6 +113,7 @@ def test_frozen_head_shows_a_head_that_only_optax_freezes(monkeypatch, capsys, t
     assert (tmp_path / "runs.json").read_text().count("head_moved") == 6
 
 
+@pytest.mark.slow
 def test_trace_measures_unrolled_scanned_and_narrow_models(tmp_path):
     numbers, picture = tmp_path / "runs.json", tmp_path / "trace.png"
     # It starts processes of its own, which have to find it as the main module.
@@ -131,6 +137,7 @@ def test_trace_measures_unrolled_scanned_and_narrow_models(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_trace_refuses_nonsense():
     for arguments in (
         ["--layers", "0"],

@@ -72,6 +72,7 @@ def test_is_idempotent(case, seed, dtype):
     assert_close(subtract_mean(once, axes), once, 2 * rounding(gradient, axes, dtype))
 
 
+@pytest.mark.slow
 @given(cases, seeds, dtypes, st.integers(-3, 3))
 def test_is_linear(case, seed, dtype, factor):
     shape, axes = case

@@ -128,7 +128,8 @@ def test_muon_takes_the_axes_of_an_nnx_model():
     model = Model(nnx.Rngs(0))
     axes = gc_optax.nnx.infer_axes(loss, model, x, y)
 
-    matrices = jax.tree.map(WeightAxes.to_muon, nnx.as_pure(axes))
+    as_pure = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure  # its name before Flax 0.12.7
+    matrices = jax.tree.map(WeightAxes.to_muon, as_pure(axes))
     muon = optax.contrib.muon(1e-2, muon_weight_dimension_numbers=matrices)
     optimizer = nnx.Optimizer(model, optax.chain(centralize(axes), muon), wrt=nnx.Param)
     first = float(loss(model, x, y))

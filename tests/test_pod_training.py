@@ -23,6 +23,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
+pytestmark = pytest.mark.slow
+
 MAKEFILE = pathlib.Path(__file__).parent.parent / "Makefile"
 SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "pod_training.py"
 SMALL = ["--layers=2", "--embed=16", "--heads=2", "--length=16", "--batch-size=8", "--learning-rate=0.01"]

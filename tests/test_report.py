@@ -25,7 +25,8 @@ from gc_optax._mean import norm
     npst.arrays(
         np.float32,
         npst.array_shapes(min_dims=2, max_dims=4, min_side=2, max_side=6),
-        elements=st.floats(-100, 100, width=32),
+        # XLA takes subnormal numbers for zero.
+        elements=st.floats(-100, 100, width=32, allow_subnormal=False),
     ),
     st.data(),
 )
@@ -84,6 +85,7 @@ def test_removed_fraction_warns_of_kernels_that_it_guesses_at():
         removed_fraction({"kernel": jnp.ones((2, 3, 4))})
 
 
+@pytest.mark.skipif(not hasattr(optax, "monitor"), reason="optax has it since 0.2.7")
 def test_removed_fraction_is_a_metric_in_a_chain_under_jit():
     axes = {"w": (0,), "b": None}
     removed = functools.partial(removed_fraction, axes=axes)

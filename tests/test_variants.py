@@ -394,6 +394,7 @@ def run(variant, dtype):
         return trajectory(getattr(recipes(), recipe)(**arguments), dtype, params)
 
 
+@pytest.mark.slow
 @every_variant
 def test_takes_the_steps_of_its_rule(variant):
     _, arguments, rule, scope = VARIANTS[variant]

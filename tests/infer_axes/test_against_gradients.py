@@ -23,6 +23,9 @@ import numpy as np
 import pytest
 from programs import build, read, told_apart
 
+# What looks at the gradients of all the programs takes a minute.
+pytestmark = pytest.mark.slow
+
 PROGRAMS, CHUNK = 300, 50
 STARTS = range(0, PROGRAMS, CHUNK)
 

@@ -89,7 +89,9 @@ def says(indices, fan_in, shape):
     return True
 
 
-@pytest.mark.parametrize("seed", range(0, 400, 50))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(50, 400, 50))]
+)
 def test_kernels_that_are_put_together_from_pieces(seed):
     for number in range(seed, seed + 50):
         rng = random.Random(number)

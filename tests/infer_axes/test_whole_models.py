@@ -684,6 +684,7 @@ def test_the_axes_are_the_true_ones(case):
     assert {path: leaf.fan_in for path, leaf in axes.items() if leaf.fan_in} == case.fan_in
 
 
+@pytest.mark.slow
 def test_centralized_adamw_trains_every_weight(case, gradient):
     axes = infer_axes(case.loss, case.params, *case.args)
     trained, losses = train(case, gradient, optax.chain(centralize(axes), optax.adamw(1e-3)))
