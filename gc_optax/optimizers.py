@@ -66,7 +66,8 @@ def _centralized(factory: Callable[_P, optax.GradientTransformation]) -> _Factor
             if _is_for_centralize(given):
                 raise TypeError(
                     f"{factory.__name__} got axes or a centralization as an argument of optax's own. Axes go "
-                    f"into what centralizes, and that has a name: {factory.__name__}(1e-3, centralization=gc_optax.centralize(axes)); for "
+                    "into what centralizes, and that has a name: "
+                    f"{factory.__name__}(1e-3, centralization=gc_optax.centralize(axes)); for "
                     "Muon's dimension numbers there is WeightAxes.to_muon"
                 )
         return centralized(factory(*args, **kwargs), centralization, where=where)
