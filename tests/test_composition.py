@@ -233,7 +233,17 @@ _REASONS = [
     ("tree_map_params", ["lbfgs"], "its placeholder for parameters has no leaves", "list index out of range"),
 ]
 UPSTREAM = {(wrapper, name): error for wrapper, names, _, error in _REASONS for name in names}
-COMBINATIONS = [(wrapper, name) for wrapper in WRAPPERS for name in NAMES if (wrapper, name) not in UPSTREAM]
+
+
+def combination(wrapper, name):
+    """A pair to test. Those that are not slow have every wrapper and every optimizer, not each with each."""
+    marks = () if wrapper == "plain" or name in ("adamw", "lbfgs", "sgd") else pytest.mark.slow
+    return pytest.param(wrapper, name, marks=marks)
+
+
+COMBINATIONS = [
+    combination(wrapper, name) for wrapper in WRAPPERS for name in NAMES if (wrapper, name) not in UPSTREAM
+]
 
 
 @functools.cache

@@ -140,6 +140,7 @@ def test_a_star_import_gives_the_optimizers():
     assert names.keys() - {"__builtins__"} == set(NAMES)
 
 
+@pytest.mark.slow
 def test_people_who_let_mypy_ignore_that_optax_is_untyped_have_no_errors(tmp_path):
     api = pytest.importorskip("mypy.api", reason="mypy is for developers")
     (tmp_path / "mypy.ini").write_text("[mypy]\nignore_missing_imports = true\n")
@@ -190,6 +191,7 @@ def train(optimizer, name, steps):
     return params, jnp.max(sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_sum_of_every_weight_vector_stays_put_for_100_steps_of_centralized_updates(name):
     optimizer = getattr(optimizers, name)(**arguments(name), centralization=centralize(AXES), where="updates")

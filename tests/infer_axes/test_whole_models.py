@@ -693,6 +693,7 @@ def test_centralized_adamw_trains_every_weight(case, gradient):
     assert [path for path in case.fan_in if not has_moved(before[path], after[path])] == []
 
 
+@pytest.mark.slow
 def test_sums_of_weight_vectors_stay_under_centralized_sgd_alone(case, gradient):
     axes = infer_axes(case.loss, case.params, *case.args)
     centralized, _ = train(case, gradient, optax.chain(centralize(axes), optax.sgd(0.1)))
