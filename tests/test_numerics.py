@@ -1,0 +1,232 @@
+"""The tables of docs/numerics.md: every cell is a test, which takes what it asserts from the cell."""
+
+import functools
+import hashlib
+import json
+import pathlib
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gc_optax import centralize, centralize_gradients, infer_axes, out_last
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "numerics.md"
+
+
+def table_of(first_column):
+    """The table of the page with that first column, as {first cell: {column: cell}}."""
+    lines = re.findall(r"^\| (.*) \|$", PAGE.read_text(), re.MULTILINE)
+    rows = [line.split(" | ") for line in lines]
+    start = next(number for number, cells in enumerate(rows) if cells[0] == first_column)
+    columns = rows[start][1:]
+    table = {}
+    for first, *cells in rows[start + 1 :]:
+        if len(cells) != len(columns):
+            break
+        table[first] = dict(zip(columns, cells, strict=True))
+    return table
+
+
+TABLE = table_of("dtype")
+DTYPES = [
+    "float64",
+    "float32",
+    "bfloat16",
+    "float16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float4_e2m1fn",
+    "complex64",
+    "complex128",
+]
+
+
+# What a cell is measured on, and how
+
+
+def normal(dtype, shape, mean=1.0, deviation=1.0):
+    random = np.random.default_rng(0)
+    numbers = random.standard_normal(shape)
+    numbers *= deviation
+    numbers += mean
+    if np.issubdtype(dtype, np.complexfloating):
+        numbers = numbers + 1j * (random.standard_normal(shape) * deviation + mean)
+    return numbers.astype(dtype)
+
+
+def widest(values):
+    """`values` in more bits than any dtype of the table has, where the machine has such a type."""
+    return values.astype(np.clongdouble if np.iscomplexobj(values) else np.longdouble)
+
+
+def exactly_centralized(gradient):
+    """`gradient` less the mean over axis 0, in as many bits as there are."""
+    wide = widest(gradient)
+    # NumPy adds up pairwise where the entries lie next to each other.
+    return wide - np.ascontiguousarray(wide.T).mean(1)
+
+
+def error_beyond_one_rounding(gradient, repeats=1):
+    """How much farther from the exact result the worst entry is than the exact result rounded once.
+
+    A gradient that is repeated along the fan-in has the same mean, and each of its copies the same result.
+    """
+    exact = exactly_centralized(gradient)
+    rounded_once = widest(exact.astype(gradient.dtype))
+    repeated = np.tile(gradient, (repeats, 1))
+    result = widest(np.asarray(centralize_gradients(repeated, 0))[: len(gradient)])
+    return np.max(abs(result - exact) - abs(rounded_once - exact))
+
+
+def assert_bound(error, bound):
+    assert float(bound) / 10 <= error <= float(bound)
+
+
+def same_bits(one, other):
+    return np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+# The columns
+
+
+def check_one_rounding(dtype, cell):
+    assert_bound(error_beyond_one_rounding(normal(dtype, (5000, 16))), cell)
+
+
+def check_large_fan_in(dtype, cell):
+    assert_bound(error_beyond_one_rounding(normal(dtype, (10**5, 2)), repeats=100), cell)
+
+
+def check_offset(dtype, cell):
+    offset, bound = cell.split(": ")
+    assert_bound(error_beyond_one_rounding(normal(dtype, (5000, 16), mean=float(offset))), bound)
+
+
+def check_not_finite(dtype, cell):
+    gradient = normal(dtype, (64, 35))
+    clean = np.asarray(centralize_gradients(gradient, 0))
+    held = {
+        "NaN": [value for value in map(dtype.type, [np.nan]) if np.isnan(value)],
+        "Inf": [value for value in map(dtype.type, [np.inf, -np.inf]) if np.isinf(value)],
+    }
+    assert cell == (", ".join(name for name in held if held[name]) or "has neither")
+    for value in held["NaN"] + held["Inf"]:
+        spoiled = gradient.copy()
+        spoiled[3, 9] = value
+        result = np.asarray(centralize_gradients(spoiled, 0))
+        assert not np.any(np.isfinite(result[:, 9]))
+        assert same_bits(np.delete(result, 9, 1), np.delete(clean, 9, 1))
+
+
+def check_loss_scale(dtype, cell):
+    scale = 2.0 ** int(cell.removeprefix("2^"))
+
+    def scaled(values):
+        return (widest(values) * scale).astype(dtype)
+
+    limits = jnp.finfo(dtype)
+    gradient = normal(dtype, (5000, 16), mean=0, deviation=min(1, float(limits.max) / scale / 6))
+    centralized_last = np.asarray(centralize_gradients(scaled(gradient), 0))
+    scaled_last = scaled(np.asarray(centralize_gradients(gradient, 0)))
+    # Below, there is an underflow: the smallest numbers have fewer bits.
+    normal_numbers = abs(exactly_centralized(gradient)) >= float(limits.smallest_normal)
+    assert np.mean(normal_numbers) > 0.01
+    assert same_bits(centralized_last[normal_numbers], scaled_last[normal_numbers])
+
+
+def check_eager_is_jit(dtype, cell):
+    for shape, axes in SHAPES.items():
+        gradient = normal(dtype, shape)
+        compiled = jax.jit(functools.partial(centralize_gradients, axes=axes))
+        same = same_bits(centralize_gradients(gradient, axes), compiled(gradient))
+        assert cell == ("yes" if same else "no")
+
+
+def check_in_a_chain(dtype, cell):
+    """The gradients below float32 are cast to float32 for the optimizer, as for parameters in float32."""
+    errors = []
+    for shape, axes in SHAPES.items():
+        gradient = jnp.asarray(normal(dtype, shape))
+        params = jnp.zeros(shape, jnp.float32 if dtype.itemsize < 4 else dtype)
+        cast = optax.stateless(lambda updates, params: updates.astype(params.dtype))
+        optimizer = optax.chain(cast, optax.adamw(1e-3))
+        chain = optax.chain(centralize(axes), optimizer)
+        together, _ = jax.jit(chain.update)(gradient, chain.init(params), params)
+        centralized = centralize_gradients(gradient, axes)
+        apart, _ = jax.jit(optimizer.update)(centralized, optimizer.init(params), params)
+        together, apart = widest(np.asarray(together)), widest(np.asarray(apart))
+        errors.append(np.max(abs(together - apart)) / np.max(abs(apart)))
+    assert_bound(max(errors), cell)
+
+
+def check_other_process(dtype, cell):
+    assert cell == ("yes" if digest(dtype) == digests_of_another_process()[dtype.name] else "no")
+
+
+def check_equal_entries(dtype, cell):
+    entry = dtype.type(1.7 + 1.7j if np.issubdtype(dtype, np.complexfloating) else 1.7)
+    left = [
+        np.max(abs(widest(np.asarray(centralize_gradients(np.full((fan_in, 3), entry), 0)))))
+        for fan_in in (3, 7, 41, 100, 4097, 10**5)
+    ]
+    assert_bound(max(left) / abs(widest(entry)), cell)
+
+
+# Fan-in first and over several axes; a few weight vectors and thousands.
+SHAPES = {(5000, 16): 0, (64, 4096): 0, (3, 3, 64, 128): (0, 1, 2)}
+
+
+def digest(dtype):
+    results = [np.asarray(centralize_gradients(normal(dtype, shape), axes)) for shape, axes in SHAPES.items()]
+    return hashlib.sha256(b"".join(result.tobytes() for result in results)).hexdigest()
+
+
+def digests():
+    return {name: with_its_bits(name, digest) for name in DTYPES}
+
+
+@functools.cache
+def digests_of_another_process():
+    # It has one device, and this one has eight.
+    code = "import json, test_numerics; print(json.dumps(test_numerics.digests()))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=pathlib.Path(__file__).parent
+    )
+    return json.loads(run.stdout)
+
+
+def with_its_bits(dtype, function, *arguments):
+    """Calls the function with the dtype where JAX has it: those of 64 bits are off by default."""
+    with jax.enable_x64(dtype in ("float64", "complex128")):
+        return function(jnp.dtype(dtype), *arguments)
+
+
+CHECKS = {
+    "one rounding": check_one_rounding,
+    "fan-in of 10^7": check_large_fan_in,
+    "offset": check_offset,
+    "NaN, Inf": check_not_finite,
+    "loss scale": check_loss_scale,
+    "eager = jit": check_eager_is_jit,
+    "in a chain": check_in_a_chain,
+    "other process": check_other_process,
+    "equal entries": check_equal_entries,
+}
+
+
+def test_the_table_has_every_dtype_and_property():
+    assert list(TABLE) == DTYPES
+    assert all(list(row) == list(CHECKS) for row in TABLE.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("column", CHECKS)
+def test_cell(dtype, column):
+    with_its_bits(dtype, CHECKS[column], TABLE[dtype][column])
