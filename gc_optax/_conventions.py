@@ -34,10 +34,13 @@ def out_last(params: PyTree) -> PyTree:
     - attention layers of rank 3 whose `query`, `key`, `value` and `out` fit together, and depthwise and
       transposed convolutions whose names tell their layout;
     - a convolution whose name counts its dimensions, `conv2d` of Keras or `conv2_d` of Haiku, where the rank
-      is two more;
-    - a kernel of rank 4 with a square window whose module's name has the word "conv";
-    - a kernel of rank 4 whose shape tells: a window of 1 x 1, 3 x 3, 5 x 5 or 7 x 7, or a square one over
-      an image of up to 4 channels, unless its path speaks of attention, of experts or of a stack.
+      is two more (of `conv1d`, where there are more inputs than a window is wide);
+    - a kernel of rank 4 with a square window whose module's name has the word "conv", or over an image of up
+      to 4 channels where the path says "patch", "stem" or "embed";
+    - a window of 1 x 1, in which nothing can be taken for a stack.
+
+    Where the path speaks of a stack ("scan", "ensemble", "experts"), or the name of a transposed convolution
+    of unknown layout, nothing of rank 3 and more is.
 
     Given explicitly, as in `centralize(out_last)`, the convention is silent. As the default it warns
     of each kernel that it cannot settle: see `centralize`.
@@ -103,7 +106,7 @@ def conv_only(axes: Axes) -> PyTree:
     This is `gc_conv_only` in the authors' code, and what the `GCC` variants of their optimizers do.
 
     A leaf is a convolution where its `op` is `"conv_general_dilated"`. To the conventions it is one from
-    rank 3 on where its module's name has the word "conv", and where its shape tells, as `out_last` describes.
+    rank 3 on where its module's name has the word "conv", and where `out_last` settles it as one.
     The authors take every kernel of rank 4 for one: in JAX that may be a stack of attention layers.
 
     Args:
@@ -169,6 +172,7 @@ class _Name(NamedTuple):
     leaf: list[str]
     module: list[str]
     parent: tuple[str, ...]
+    path: tuple[str, ...]
 
 
 class _Reading(NamedTuple):
@@ -195,20 +199,20 @@ _NO_WEIGHT_MATRIX = {
 # The names of modules that call their array "weight", their words joined by underscores.
 _NORMALIZATION_MODULE = re.compile(r".*norm(alization)?|(.*_)?[bgl]n(_f)?")
 _EMBEDDING_MODULE = re.compile(r".*emb(ed(ding)?)?s?(_tokens|_positions)?|wte|wpe")
-_CONVOLUTION = re.compile(r".*conv(olution)?")  # "Conv_0", "conv2d", "dwconv"
-# Where these are in a path, (3, 3, 64, 64) may be three layers of three experts.
-_NO_LONE_KERNEL = {
-    *("attention", "attn", "mha", "query", "key", "value", "kv", "qkv", "einsum"),
-    *("expert", "experts", "moe", "lora", "stack", "stacked", "scan", "scanned", "ensemble"),
-}
+# "Conv_0", "conv2d" and "dwconv" are convolutions. A graph's and a spectral one are products of matrices.
+_CONVOLUTION = re.compile(r".*conv(olution)?")
+_OTHER_CONVOLUTION = re.compile(r".*(graph|spectral|fourier).*|gat|gcn|fno")
+_PATCHES = re.compile(r"patch|stem|embed")
+# In front of a kernel there are layers, experts or members: three of them with a width of 3 have a "window"
+# of 3 x 3 too.
+_STACK = re.compile(r"scan|stack|ensemble|expert|moe|vmap|remat|lora")
 # Flax keeps transposed convolutions as (*window, in, out) or as (*window, out, in), unshared ones
 # with a weight of their own at each position, and scanned attention may have lost its siblings.
-_DOUBTFUL = {
-    *("transpose", "transposed", "up", "upsample", "upsampling", "upconv", "deconv"),
-    *("local", "query", "key", "value"),
-}
-_COMMON_WINDOWS = {1, 3, 5, 7}
-_MOST_CHANNELS = 4  # of an image: a patch embedding has the shape (16, 16, 3, 768)
+_DOUBTFUL = re.compile(
+    r".*(transp|convt|tconv|deconv|upconv|unpool|upsampl|upscale).*|trans|up|local|query|key|value"
+)
+_MOST_CHANNELS = 4  # of an image
+_WIDEST_WINDOW = 32
 _ATTENTION_MODULES = {"query", "key", "value", "out", "attention_output"}
 
 
@@ -259,10 +263,9 @@ def _out_last_kernel(attention: set[tuple[str, ...]], name: _Name, shape: tuple[
         axes = WeightAxes(fan_in, every[-2:-1], _CONV, "out_last: named as a transposed convolution")
         return _Reading(axes, settled=name.leaf == ["w"])
     is_convolution = _is_convolution(name, shape[:-2], shape[-2])
-    axes = WeightAxes(
-        every[:-1], every[-1:], _op(name, rank, is_convolution), "out_last: every axis but the last"
-    )
-    return _Reading(axes, settled=rank == 2 or (is_convolution and _DOUBTFUL.isdisjoint(words)))
+    op = _op(name, rank, is_convolution)
+    axes = WeightAxes(every[:-1], every[-1:], op, "out_last: every axis but the last")
+    return _Reading(axes, settled=rank == 2 or (is_convolution and not any(map(_DOUBTFUL.fullmatch, words))))
 
 
 def _out_first_kernel(name: _Name, shape: tuple[int, ...]) -> _Reading:
@@ -282,27 +285,33 @@ def _op(name: _Name, rank: int, is_convolution: bool) -> str:
 
 
 def _is_convolution(name: _Name, window: tuple[int, ...], inputs: int) -> bool:
-    """Whether a kernel is certain to be one convolution, and not a stack of layers or heads of attention.
+    """Whether a kernel is certain to be one convolution, and not a stack of kernels.
 
-    Twelve convolutions of width 3 in one array are "Conv_0/kernel" too, of shape (12, 3, 64, 64): it is the
-    square window that tells.
+    The name has to say that it is one, or that it cuts an image into patches. That is not enough: twelve
+    convolutions of width 3 in one array are "Conv_0/kernel" too, of shape (12, 3, 64, 64). "conv2d" counts
+    its dimensions; without that, a square window tells, where no name around it speaks of a stack. In a
+    window of 1 x 1 there is nothing to tell.
     """
+    path = "/".join(name.path).lower()
+    if _STACK.search(path.replace("_", "")) or not window or max(window) > _WIDEST_WINDOW:
+        return False
     if dimensions := _dimensions(name):
-        return len(window) == dimensions
+        # Depthwise kernels of shape (width, channels) in a stack have rank 3 too.
+        return len(window) == dimensions and (dimensions > 1 or inputs > _WIDEST_WINDOW > window[0])
     is_square = len(window) == 2 and window[0] == window[1]
-    if not is_square or _is_named_convolution(name):
-        return is_square
-    around = {word for part in name.parent for word in _words(part)}
-    is_named_for_more = not _NO_LONE_KERNEL.isdisjoint({*name.leaf, *name.module, *around})
-    return not is_named_for_more and (window[0] in _COMMON_WINDOWS or inputs <= _MOST_CHANNELS)
+    is_of_patches = bool(_PATCHES.search(path)) and inputs <= _MOST_CHANNELS
+    return is_square and (window[0] == 1 or is_of_patches or _is_named_convolution(name))
 
 
 def _is_named_convolution(name: _Name) -> bool:
-    return any(map(_CONVOLUTION.fullmatch, name.module))
+    is_other = any(map(_OTHER_CONVOLUTION.fullmatch, name.module))
+    return not is_other and any(map(_CONVOLUTION.fullmatch, name.module))
 
 
 def _dimensions(name: _Name) -> int:
     """How many dimensions the name of a convolution counts: 2 in "conv2d" and "conv2_d", 0 in "Conv_0"."""
+    if not _is_named_convolution(name):
+        return 0
     for word, following in itertools.pairwise(name.module):
         if _CONVOLUTION.fullmatch(word) and following in ("1d", "2d", "3d"):
             return int(following[0])
@@ -364,10 +373,10 @@ def _name(path: Path) -> _Name:
     # An index says which of several arrays of one name it is.
     while parts and not _words(parts[-1]):
         parts.pop()
-    leaf = _words(parts[-1]) if parts else []
+    leaf, path = _words(parts[-1]) if parts else [], tuple(parts)
     if leaf and _WEIGHT.fullmatch(leaf[-1]) and len(parts) > 1:
-        return _Name(leaf, _words(parts[-2]), tuple(parts[:-2]))
-    return _Name(leaf, leaf, tuple(parts[:-1]))
+        return _Name(leaf, _words(parts[-2]), path[:-2], path)
+    return _Name(leaf, leaf, path[:-1], path)
 
 
 def _parts(key: Any) -> list[str]:

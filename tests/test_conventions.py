@@ -116,11 +116,9 @@ def test_attention_layers_in_a_list_are_told_apart():
     assert paths == [f"['layers'][1]['{name}']" for name in sorted(ATTENTION)]
 
 
-def test_a_name_from_attention_leaves_it_open_whether_a_kernel_is_a_convolution():
+def test_a_convolution_named_as_attention_is_one_and_is_warned_of():
     of_a_gan = {"query": {"kernel": leaf(1, 1, 16, 4)}}
-    assert only(out_last(of_a_gan)).fan_in == (0, 1, 2)
-    assert only(out_last(of_a_gan)).op == ""
-    assert only(conv_only(out_last)(of_a_gan)).why == "not known to be a convolution"
+    assert only(conv_only(out_last)(of_a_gan)).fan_in == (0, 1, 2)
     assert len(warnings_of(of_a_gan)) == 1
 
 
@@ -308,7 +306,11 @@ def test_the_default_is_right_or_warns_in_every_row_of_the_table_in_the_readme()
         ("Conv_0/kernel", (3, 8, 16), True),
         ("conv1d/kernel", (3, 8, 16), True),
         ("convolution/kernel", (3, 8, 16), True),
-        ("unnamed/kernel", (3, 3, 8, 16), True),
+        ("unnamed/kernel", (3, 3, 8, 16), False),
+        ("unnamed/kernel", (1, 1, 8, 16), True),
+        ("SpectralConv_0/kernel", (8, 8, 6, 6), False),
+        ("GATConv_0/kernel", (64, 8, 16), False),
+        ("triplane/features", (512, 512, 3, 32), False),
         ("patch_embed/kernel", (16, 16, 3, 768), True),
         ("Conv_0/kernel", (12, 3, 3, 8, 16), True),
         ("downconv/kernel", (2, 2, 8, 16), True),
@@ -332,6 +334,7 @@ def test_conv_only_keeps_convolutions_of_a_convention(path, shape, kept):
 def test_conv_only_keeps_convolutions_in_the_layout_of_pytorch():
     params = {
         "conv": {"weight": leaf(16, 8, 3)},
+        "conv1": {"weight": leaf(16, 8, 3, 3)},
         "other": {"weight": leaf(16, 8, 3, 3)},
         "patches": {"weight": leaf(64, 3, 16, 16)},
         "experts": {"weight": leaf(4, 8, 3, 3)},
@@ -340,7 +343,8 @@ def test_conv_only_keeps_convolutions_in_the_layout_of_pytorch():
     }
     assert fan_in(conv_only(out_first)(params)) == {
         "conv": {"weight": (1, 2)},
-        "other": {"weight": (1, 2, 3)},
+        "conv1": {"weight": (1, 2, 3)},
+        "other": {"weight": ()},
         "patches": {"weight": (1, 2, 3)},
         "experts": {"weight": ()},
         "fused": {"weight": ()},
@@ -390,7 +394,7 @@ SETTLED = {
         "attention_output": {"kernel": leaf(8, 12, 64)},
     },
     "dense_attention": {name: {"kernel": leaf(8, 8)} for name in ATTENTION},
-    "unet": {"out": {"kernel": leaf(3, 3, 8, 2)}},
+    "unet": {"conv_out": {"kernel": leaf(3, 3, 8, 2)}},
     "pos_embedding": leaf(1, 10, 8),
     "separable": {"depthwise_kernel": leaf(3, 3, 8, 2)},
     "conv2_d_transpose": {"w": leaf(3, 3, 8, 16)},
@@ -449,17 +453,20 @@ PUBLISHED = {
     "ResNetBlock_0/conv_proj/kernel": ((1, 1, 64, 128), (0, 1, 2), True),
     "conv_init/kernel": ((7, 7, 3, 64), (0, 1, 2), True),
     "embedding/kernel": ((16, 16, 3, 768), (0, 1, 2), True),
+    "stem/proj/kernel": ((4, 4, 3, 96), (0, 1, 2), True),
     "downsample/kernel": ((1, 1, 64, 128), (0, 1, 2), True),
     "InceptionBlock_0/Conv_0/kernel": ((1, 7, 64, 64), (0, 1, 2), False),
     "layers/Conv1D_0/Conv_0/kernel": ((12, 3, 64, 64), (1, 2), False),
     "layers/Conv_0/kernel": ((12, 3, 3, 64, 64), (1, 2, 3), False),
     "Conv3D_0/Conv_0/kernel": ((3, 3, 3, 16, 32), (0, 1, 2, 3), False),
     # Keras.
-    "conv1d/kernel": ((5, 16, 32), (0, 1), True),
+    "conv1d/kernel": ((5, 64, 32), (0, 1), True),
+    "conv1d_1/kernel": ((5, 16, 32), (0, 1), False),
     "conv2d_7/kernel": ((1, 7, 64, 64), (0, 1, 2), True),
     "conv3d/kernel": ((3, 3, 3, 16, 32), (0, 1, 2, 3), True),
     "conv_dw_1/kernel": ((3, 3, 32, 1), (0, 1), True),
     "block6k_se_reduce/kernel": ((1, 1, 1536, 64), (0, 1, 2), True),
+    "layers/conv_1d/w": ((6, 4, 8), (1,), False),
     "block3d_expand_conv/kernel": ((3, 3, 64, 256), (0, 1, 2), True),
     "conv2d_transpose/kernel": ((4, 4, 64, 128), (0, 1, 3), False),
     "up1/kernel": ((3, 3, 64, 128), (0, 1, 3), False),
@@ -468,6 +475,22 @@ PUBLISHED = {
     "conv3_d/w": ((3, 3, 3, 16, 32), (0, 1, 2, 3), True),
     "conv2_d_transpose/w": ((4, 4, 64, 128), (0, 1, 3), True),
     "layer_stack/conv2_d/w": ((6, 3, 3, 64, 64), (1, 2, 3), False),
+    # Stacks of stacks, as many of the one as of the other; as many convolutions as they are wide.
+    "critics/Dense_1/kernel": ((5, 5, 17, 64), (2,), False),
+    "trunk/Dense_0/kernel": ((3, 3, 16, 16), (2,), False),
+    "twins/Dense_1/kernel": ((2, 2, 4, 64), (2,), False),
+    "layers/MoE_0/w_in": ((3, 3, 8, 16), (2,), False),
+    "layers/LSTMCell_0/hi/kernel": ((3, 3, 64, 64), (2,), False),
+    "ensemble/Conv_0/kernel": ((5, 5, 4, 8), (1, 2), False),
+    "ScanConv_0/kernel": ((3, 3, 64, 64), (1, 2), False),
+    # A Fourier neural operator, whose axes are (in, out, modes, modes).
+    "SpectralConv2d_0/weights1": ((8, 8, 6, 6), (0,), False),
+    "SpectralConv1d_0/weights": ((64, 64, 16), (0,), False),
+    # Transposed convolutions under other names than Flax gives.
+    "tconv1/kernel": ((3, 3, 64, 32), (0, 1, 3), False),
+    "convtranspose/kernel": ((3, 3, 64, 32), (0, 1, 3), False),
+    "conv2dtranspose/kernel": ((3, 3, 64, 32), (0, 1, 3), False),
+    "upscale/conv/kernel": ((3, 3, 64, 32), (0, 1, 2), True),
 }
 
 
@@ -479,7 +502,8 @@ def test_the_default_is_silent_about_a_kernel_of_a_published_model_only_where_it
     assert (warnings_of(params) == []) == is_settled
     axes = only(out_last(params))
     assert not is_settled or axes.fan_in == true_fan_in
-    assert axes.op != "conv_general_dilated" or re.search("(?i)conv|embedding|downsample|se_reduce|up1", path)
+    is_convolution = re.search("conv|embedding|stem|downsample|se_reduce", path.lower())
+    assert axes.op != "conv_general_dilated" or is_convolution
 
 
 def test_the_warning_of_very_many_kernels_names_the_first():

@@ -197,7 +197,11 @@ def digests_of_another_process():
     # It has one device, and this one has eight.
     code = "import json, test_numerics; print(json.dumps(test_numerics.digests()))"
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=pathlib.Path(__file__).parent
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=pathlib.Path(__file__).parent,
     )
     return json.loads(run.stdout)
 
