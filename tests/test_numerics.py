@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import itertools
 import json
 import pathlib
 import re
@@ -21,12 +20,12 @@ from gc_optax import centralize, centralize_gradients, centralized, infer_axes, 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "numerics.md"
 
 
-def table_under(*header):
-    """The rows of the page's table whose header begins like this."""
-    rows = [line.split(" | ") for line in re.findall(r"^\| (.*) \|$", PAGE.read_text(), re.MULTILINE)]
-    (start,) = (number for number, row in enumerate(rows) if row[: len(header)] == list(header))
-    of_this_table = itertools.takewhile(lambda row: len(row) == len(rows[start]), rows[start:])
-    return list(of_this_table)
+def table_under(first_column):
+    """The header and the rows of the page's table with this first column, as lists of cells."""
+    blocks = PAGE.read_text().split("\n\n")
+    (table,) = (block for block in blocks if block.startswith(f"| {first_column} |"))
+    header, _, *rows = table.splitlines()
+    return [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in (header, *rows)]
 
 
 COLUMNS, *ROWS = table_under("dtype")
@@ -299,8 +298,8 @@ def test_the_second_factor_of_lora_has_a_fan_in_of_its_rank(rank):
         left = centralize_gradients(gradients, axes)["lora_b"]
         assert same_bits(left, gradients["lora_b"]) == (rank == 1)
 
-    without_direction = jnp.asarray(normal(jnp.float32, (rank, 10**5), mean=0))
-    removed = removed_fraction(without_direction, out_last)
+    nothing_in_common = jnp.asarray(normal(jnp.float32, (rank, 10**5), mean=0))
+    removed = removed_fraction(nothing_in_common, out_last)
     np.testing.assert_allclose(removed, 0 if rank == 1 else 1 / rank, atol=0.01)
 
 
