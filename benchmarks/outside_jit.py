@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -66,9 +67,15 @@ def updates(shapes: int) -> dict[str, Callable[[], Any]]:
         PLAIN: optax.centralize(),
         "by convention": gc_optax.centralize(gc_optax.out_last),
         "by a tree of axes": gc_optax.centralize(gc_optax.out_last(params)),
+        "with a mask function": gc_optax.centralize(gc_optax.out_last, mask=are_matrices),
         AGAIN: optax.centralize(),
     }
     return {name: functools.partial(way.update, params, way.init(params)) for name, way in ways.items()}
+
+
+def are_matrices(params: Any) -> Any:
+    """The mask that many write: what has more than one axis."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def report(title: str, runs: dict[str, dict[str, list[float]]], console: Console) -> None:

@@ -12,6 +12,16 @@ from ._report import removed_fraction, summarize
 
 if _TYPE_CHECKING:
     from ._infer import infer_axes
+else:  # where a type checker sees it, it takes every name for one of ours
+
+    def __getattr__(name: str) -> _Any:
+        # A program that has its axes need not load what reads programs.
+        if name == "infer_axes":
+            from ._infer import infer_axes
+
+            return infer_axes
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = _version("gc_optax")
 __all__ = [
@@ -27,15 +37,6 @@ __all__ = [
     "removed_fraction",
     "summarize",
 ]
-
-
-def __getattr__(name: str) -> _Any:
-    # A program that has its axes need not load what reads programs.
-    if name == "infer_axes":
-        from ._infer import infer_axes
-
-        return infer_axes
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -36,7 +37,7 @@ Nodes: TypeAlias = "Mapping[Any, Any] | list[Any] | _IsDataclass | None"
 AxesTree: TypeAlias = (
     "WeightAxes | int | np.integer[Any] | _IsMuonDimensionNumbers | tuple[AxesTree, ...] | Nodes"
 )
-MaskTree: TypeAlias = "bool | np.bool_ | tuple[MaskTree, ...] | Nodes"
+MaskTree: TypeAlias = "bool | np.bool_ | jax.Array | tuple[MaskTree, ...] | Nodes"
 Axes: TypeAlias = "AxesTree | Callable[[PyTree], PyTree]"
 Mask: TypeAlias = "MaskTree | Callable[[PyTree], PyTree]"
 

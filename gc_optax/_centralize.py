@@ -11,7 +11,7 @@ from jax import tree_util as jtu
 from ._axes import Axes, Mask, PyTree, WeightAxes, is_absent
 from ._mean import subtract_mean
 from ._mesh import PartitionSpecs, Split, mesh_axes, require_shard_map, settle_splits, warn_of_shards, whole
-from ._resolve import settle, settler
+from ._resolve import Settler, settle
 from ._text import at, describe
 
 Where = Literal["gradients", "updates"]
@@ -24,6 +24,7 @@ class Transformation(Protocol):
     def init(self) -> Callable[[Any], Any]: ...
     @property
     def update(self) -> Callable[..., Any]: ...
+    def __len__(self) -> int: ...  # it is a pair, which `optax.MultiSteps` is not
 
 
 def centralize(
@@ -42,9 +43,9 @@ def centralize(
 
     Integer, bool, `float0` and empty leaves, leaves with a fan-in below 2, `None` and
     `optax.MaskedNode` pass through as they are. Below float32, the mean is taken and subtracted in
-    float32 and the difference rounded once. Under `jit`, sharded gradients give what unsharded ones
-    give; inside `shard_map` they do with `partition_specs`. Without them the mean there is that of the shard,
-    and a warning names the gradients that may be a part of a larger one.
+    float32 (of the mean, 22 bits count) and the difference rounded once. Under `jit`, sharded gradients
+    give what unsharded ones give; inside `shard_map` they do with `partition_specs`. Without them the mean
+    there is that of the shard, and a warning names the gradients that may be a part of a larger one.
 
     Compiled together with an optimizer, it reads each gradient once more than the optimizer does. The
     subtraction becomes a part of the optimizer's own loops: no centralized copy is written, but for
@@ -114,7 +115,7 @@ def centralize(
             settle(whole(params, splits), axes, mask)
         return optax.EmptyState()
 
-    settle_updates = settler(axes, mask)
+    settle_updates = Settler(axes, mask)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None

@@ -44,7 +44,7 @@ def subtract_mean(gradient: jax.Array, axes: tuple[int, ...], mesh_axes: tuple[s
         # precision needs few bits: rounded to one bit less than float32 has, it is that number.
         mean = lax.reduce_precision(mean, exponent_bits=8, mantissa_bits=22)
     mean = _apart(mean)
-    # Below float32 the difference is rounded once, here, and neither the sum nor the mean is.
+    # Below float32 the sum and the difference are in float32, and the result is rounded to its dtype here.
     return (wide - mean).astype(gradient.dtype)
 
 

@@ -5,10 +5,8 @@ top. `settle` is the only way from there to axes, and the only place that warns 
 """
 
 import dataclasses
-import functools
 import operator
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,6 +46,9 @@ _UNKNOWN_TO_JAX = {np.dtype(np.longdouble), np.dtype(np.clongdouble)} - {
 }
 
 
+_MOST_KEPT = 8
+
+
 def settle(params: PyTree, axes: Axes, mask: Mask, *, silent: bool = False) -> list[WeightAxes]:
     """One `WeightAxes` for each leaf of `params`, with axes that are in range and not negative.
 
@@ -66,38 +67,41 @@ def settle(params: PyTree, axes: Axes, mask: Mask, *, silent: bool = False) -> l
     return settled
 
 
-def settler(axes: Axes, mask: Mask) -> Callable[[PyTree], list[WeightAxes]]:
+class Settler:
     """`settle` for the updates of an optimizer, which have the same shapes at every step.
 
     Trees and conventions say the same of the same shapes, so what they say is kept. A function of a user may
-    look at the numbers too: it is called at every step.
+    look at the numbers too: it is called at every step, and asked no further where it says the same again.
     """
 
-    def settle_anew(params: PyTree) -> list[WeightAxes]:
-        return settle(params, axes, mask, silent=True)
+    def __init__(self, axes: Axes, mask: Mask) -> None:
+        self._axes, self._mask = axes, mask
+        self._kept: dict[Any, tuple[list[WeightAxes], list[Any]]] = {}
 
-    @functools.lru_cache(maxsize=8)
-    def settle_shapes(structure: jtu.PyTreeDef, shapes: tuple[Any, ...]) -> list[WeightAxes]:
-        leaves = [jax.ShapeDtypeStruct(*shape) for shape in shapes]  # type: ignore[no-untyped-call]
-        return settle_anew(jax.tree.unflatten(structure, leaves))
-
-    def settle_once(params: PyTree) -> list[WeightAxes]:
+    def __call__(self, params: PyTree) -> list[WeightAxes]:
+        """One `WeightAxes` for each leaf, as from `settle`, without its warnings."""
+        is_ours = is_function(self._axes) and is_convention(self._axes)
+        axes = self._axes if is_ours else resolve(self._axes, params)
+        mask = resolve(self._mask, params)
         leaves, structure = jax.tree.flatten(params)
-        if not (all(map(is_array_like, leaves)) and _has_hash(structure)):
-            return settle_anew(params)
-        return settle_shapes(structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        given, structure_of_given = jax.tree.flatten((axes, mask))
+        if not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+            return settle(params, axes, mask, silent=True)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        key = (structure, structure_of_given, shapes, tuple(map(id, given)))
+        try:
+            kept = self._kept.get(key)
+        except (TypeError, ValueError):  # a node keeps a list or an array in a static field
+            return settle(params, axes, mask, silent=True)
+        if kept is None:
+            if len(self._kept) == _MOST_KEPT:
+                self._kept.clear()
+            # What was given is kept too: as long as it is there, nothing else has its `id`.
+            kept = self._kept[key] = settle(params, axes, mask, silent=True), given
+        return kept[0]
 
-    may_read_numbers = is_function(mask) or (is_function(axes) and not is_convention(axes))
-    return settle_anew if may_read_numbers else settle_once
-
-
-def _has_hash(structure: jtu.PyTreeDef) -> bool:
-    """Whether all that a tree says of itself beside its leaves can be hashed."""
-    try:
-        hash(structure)
-    except TypeError:
-        return False
-    return True
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Settler, (self._axes, self._mask)
 
 
 def resolve(given: Any, params: PyTree) -> PyTree:
@@ -139,17 +143,25 @@ def match(role: str, tree: PyTree, params: PyTree, *, prefix: bool) -> list[tupl
 
 def _mend(role: str, node: Any, entry: Any) -> str:
     """What to write where a user's tree differs from the parameters (`node`) in a way that is often met."""
-    if isinstance(entry, str) and entry in ("out_last", "out_first"):
-        return f". A convention is a function: gc_optax.{entry}"
+    if isinstance(entry, str):
+        return _mend_of_a_name(entry)
     bases = [f"{base.__module__}.{base.__name__}" for base in type(entry).__mro__]
-    if "flax.nnx.module.Module" in bases:
+    if role == "axes" and "flax.nnx.module.Module" in bases:
         return ". For a model of Flax NNX, gc_optax.nnx.infer_axes gives them as nnx.Optimizer needs them"
-    for whose, outer, inner in (("the parameters", node, entry), (role, entry, node)):
+    for whose, outer, inner in (("the parameters", node, entry), (f"the {role}", entry, node)):
         # One of the two is {"params": {"Dense_0": ...}}, and the other {"Dense_0": ...}.
-        for key, child in children_of(outer)[0]:
-            if not jtu.all_leaves([child]) and children_of(child)[1] == children_of(inner)[1]:
-                return f". What {whose} have below {at(key)} fits: give both with it, or both without"
+        children, structure = children_of(outer)[0], children_of(inner)[1]
+        if len(children) == 1 and not jtu.all_leaves([inner]):
+            [(key, child)] = children
+            if children_of(child)[1] == structure:
+                return f". Below {at(key)} of {whose} the two fit: give both with it, or both without"
     return ""
+
+
+def _mend_of_a_name(given: str) -> str:
+    """What to write for "out_last"."""
+    is_ours = given in ("out_last", "out_first")
+    return f". A convention is a function: gc_optax.{given}" if is_ours else ""
 
 
 def _unboxed(node: Any) -> Any:
@@ -188,6 +200,8 @@ def _as_weight_axes(given: Any, where: str) -> WeightAxes:
     if is_axis(given) or type(given) is tuple:  # a NamedTuple is something else
         return WeightAxes(_axis_tuple(given, where), why="given by axes")
     hint = "; a tree of bools is a mask" if isinstance(given, bool) else ""
+    if isinstance(given, str):
+        hint = _mend_of_a_name(given)
     if where.startswith(at(())) and not jtu.all_leaves([given]):
         hint = f". {_OUTSIDE_OF_FLATTEN}"
     raise TypeError(

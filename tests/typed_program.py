@@ -41,6 +41,7 @@ def right(params: dict[str, jax.Array], x: jax.Array) -> None:
     centralize(conv_only(axes))
     centralize(lambda params: jax.tree.map(lambda leaf: 0, params))
     centralize(mask=lambda params: True)
+    centralize(mask=jnp.array(True))
     centralize(bare, mask={"encoder": True, "decoder": False, "head": False})
     centralize(partition_specs=jax.sharding.PartitionSpec("x"))
     centralize(partition_specs={"kernel": jax.sharding.PartitionSpec("x", None)})
@@ -67,4 +68,6 @@ def wrong(params: dict[str, jax.Array], x: jax.Array) -> None:
     centralized(optax.adam(1e-3), where="update")  # type: ignore[arg-type]
     conv_only("out_last")  # type: ignore[call-overload]
     infer_axes(params, loss)  # type: ignore[arg-type]
+    centralized(optax.MultiSteps(optax.adam(1e-3), 2))  # type: ignore[arg-type]
+    gc_optax.centralise(0)  # type: ignore[attr-defined]
     WeightAxes(0)  # type: ignore[arg-type]
