@@ -1,8 +1,7 @@
 """Gradient centralization for JAX, as an optax transformation."""
 
 from importlib.metadata import version as _version
-from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
+from typing import TYPE_CHECKING, Any
 
 from . import optimizers
 from ._axes import WeightAxes
@@ -10,11 +9,11 @@ from ._centralize import centralize, centralize_gradients, centralized
 from ._conventions import conv_only, out_first, out_last
 from ._report import removed_fraction, summarize
 
-if _TYPE_CHECKING:
+if TYPE_CHECKING:
     from ._infer import infer_axes
 else:  # where a type checker sees it, it takes every name for one of ours
 
-    def __getattr__(name: str) -> _Any:
+    def __getattr__(name: str) -> Any:
         # A program that has its axes need not load what reads programs.
         if name == "infer_axes":
             from ._infer import infer_axes
@@ -40,4 +39,4 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__, "__version__"]

@@ -1,6 +1,7 @@
 """What each axis of a parameter means: fan-in, fan-out or batch, and what that converts to."""
 
 import dataclasses
+import functools
 import math
 import reprlib
 from collections.abc import Callable, Mapping
@@ -199,9 +200,32 @@ def is_array_like(leaf: Any) -> bool:
 
     A class of NumPy, as a module may keep it for its dtype, has attributes of these names as well.
     """
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
+    return isinstance(getattr(leaf, "shape", None), tuple) and hasattr(leaf, "dtype")
 
 
 def is_inexact(leaf: Any) -> bool:
     """Whether a leaf is an array of real or complex floating-point numbers."""
-    return is_array_like(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    if not is_array_like(leaf):
+        return False
+    try:
+        return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+    except TypeError:  # the dtypes of other libraries, PyTorch for example, are none to NumPy
+        return False
+
+
+def is_float_array(leaf: Any) -> bool:
+    """Whether JAX can compute with a leaf: it holds floats, and does not only stand for an array."""
+    is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic) and not isinstance(
+        leaf, np.ma.MaskedArray
+    )
+    return is_array and is_inexact(leaf) and is_known_to_jax(leaf.dtype)
+
+
+@functools.cache
+def is_known_to_jax(dtype: Any) -> bool:
+    """Whether JAX has a dtype. It has no `longdouble`, and none whose bytes are in the other order."""
+    try:
+        jax.typeof(np.zeros((), dtype))
+    except TypeError:
+        return False
+    return True

@@ -4,15 +4,13 @@ from collections.abc import Callable
 from typing import Any, Literal, Protocol, get_args
 
 import jax
-import numpy as np
 import optax
-from jax import tree_util as jtu
 
 from ._axes import Axes, Mask, PyTree, WeightAxes, is_absent
 from ._mean import subtract_mean
 from ._mesh import PartitionSpecs, Split, mesh_axes, require_shard_map, settle_splits, warn_of_shards, whole
-from ._resolve import Settler, settle
-from ._text import at, describe
+from ._resolve import Settler, require_arrays, settle
+from ._text import describe
 
 Where = Literal["gradients", "updates"]
 
@@ -53,9 +51,9 @@ def centralize(
 
     Args:
         axes: which axes are the inputs of a weight vector. A tree with the structure of the
-            parameters, or a function from the parameters to such a tree. A leaf is a `WeightAxes`, an
-            int, a tuple of ints, an `optax.contrib.MuonDimensionNumbers` (whose `reduction_axis`
-            counts), or `None` for "leave this one alone"; negative axes count from the end. By
+            parameters, of which a copy is kept, or a function from the parameters to such a tree. A leaf
+            is a `WeightAxes`, an int, a tuple of ints, an `optax.contrib.MuonDimensionNumbers` (whose
+            `reduction_axis` counts), or `None` for "leave this one alone"; negative axes count from the end. By
             default the convention `out_last`, with one warning from `init` that names the kernels
             that it cannot settle: those of rank 3 and more, but for attention layers whose kernels
             fit together, and for what is certain to be a convolution. `out_last` has the rule, and
@@ -107,6 +105,8 @@ def centralize(
         Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks",
         ECCV 2020, https://arxiv.org/abs/2004.01461
     """
+    # Trees of our own: what a user writes into a dict later must not reach `init` alone, or some steps.
+    axes, mask = jax.tree.map(lambda leaf: leaf, (axes, mask))
 
     def init(params: optax.Params) -> optax.OptState:
         # optax.tree_map_params calls `init` with a placeholder that has no leaves: nothing to check.
@@ -209,7 +209,7 @@ def centralized(
         Yong et al., ECCV 2020, https://arxiv.org/abs/2004.01461; `gc_loc` in the authors' code,
         https://github.com/Yonghongwei/Gradient-Centralization
     """
-    if where not in get_args(Where):
+    if not isinstance(where, str) or where not in get_args(Where):
         raise ValueError(f'where must be "gradients" or "updates", got {describe(where)}')
     if centralization is None:
         centralization = centralize()
@@ -248,22 +248,13 @@ def _splits_of_shards(updates: PyTree, partition_specs: PartitionSpecs) -> list[
 
 def _project(updates: PyTree, settled: list[WeightAxes], splits: list[Split]) -> PyTree:
     """`updates` with the mean of every weight vector subtracted."""
+    require_arrays(updates, settled)
     leaves, structure = jax.tree.flatten(updates, is_leaf=is_absent)
-    _require_arrays(updates, leaves, settled)
     projected = [
         subtract_mean(leaf, weight.fan_in, mesh_axes(split, weight.fan_in)) if weight.fan_in else leaf
         for leaf, weight, split in zip(leaves, settled, splits, strict=True)
     ]
     return jax.tree.unflatten(structure, projected)
-
-
-def _require_arrays(updates: PyTree, leaves: list[Any], settled: list[WeightAxes]) -> None:
-    """Raises an error where a leaf that is to be centralized only stands for an array."""
-    for number, (leaf, axes) in enumerate(zip(leaves, settled, strict=True)):
-        if axes.fan_in and not isinstance(leaf, jax.Array | np.ndarray):
-            places, _ = jtu.tree_flatten_with_path(updates, is_leaf=is_absent)
-            path, _ = places[number]
-            raise TypeError(f"the gradient of {at(path)} must be an array, got a {type(leaf).__name__}")
 
 
 def _with_extra_args(role: str, given: Any) -> optax.GradientTransformationExtraArgs:

@@ -385,7 +385,9 @@ def _parts(key: Any) -> list[str]:
     # Flattened trees of Flax have tuples for keys. Haiku's modules and flattened trees of other kinds join
     # names with a slash, PyTorch's with a dot.
     names = step if isinstance(step, tuple) else (step,)
-    return [part for name in names for part in re.split(r"[/.]", str(name))]
+    # To a dict, the keys True and 1 are one.
+    texts = [str(int(name) if isinstance(name, bool) else name) for name in names]
+    return [part for text in texts for part in re.split(r"[/.]", text)]
 
 
 def _words(name: str) -> list[str]:

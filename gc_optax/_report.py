@@ -9,12 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import tree_util as jtu
 
-from ._axes import Axes, Mask, Path, PyTree, WeightAxes, is_absent, is_array_like, is_inexact
+from ._axes import Axes, Mask, Path, PyTree, WeightAxes, is_absent, is_array_like, is_float_array, is_inexact
 from ._mean import norm, removed_share
-from ._resolve import match, settle
+from ._resolve import match, require_arrays, settle
 from ._text import describe, path_text, place
 
 # Wide enough for the reasons, narrow enough for a page.
@@ -73,6 +72,7 @@ def removed_fraction(gradients: PyTree, axes: Axes = None, *, mask: Mask = None)
         Yong et al., ECCV 2020, https://arxiv.org/abs/2004.01461
     """
     settled = settle(gradients, axes, mask)
+    require_arrays(gradients, settled)
     leaves, structure = jax.tree.flatten(gradients, is_leaf=is_absent)
     return jax.tree.unflatten(structure, list(map(_fraction, leaves, settled)))
 
@@ -192,14 +192,16 @@ def _percent(rows: list[_Row]) -> str:
 
 
 def _row(path: Path, leaf: Any, axes: WeightAxes) -> _Row:
-    return _Row(tuple(re.split(r"(\d+)(?=/|$)", path_text(path))), tuple(leaf.shape), axes)
+    # Longer numbers are names: Python reads no int of thousands of digits.
+    parts = re.split(r"(?<!\d)(\d{1,18})(?=/|$)", path_text(path))
+    return _Row(tuple(parts), tuple(leaf.shape), axes)
 
 
 def _row_with_gradient(path: Path, leaf: Any, axes: WeightAxes, gradient: Any) -> _Row:
     row = _row(path, leaf, axes)
     if not is_inexact(leaf):
         return row
-    if not isinstance(gradient, jax.Array | np.ndarray) or gradient.shape != row.shape:
+    if not is_float_array(gradient) or gradient.shape != row.shape:
         raise ValueError(f"the gradient of {place(path, leaf)}, is {describe(gradient)}")
     # Squares of what float32 holds may be out of its range, but not of Python's.
     squared_norm = float(norm(gradient)) ** 2

@@ -26,24 +26,20 @@ from ._axes import (
     is_absent,
     is_array_like,
     is_axis,
+    is_float_array,
     is_function,
+    is_inexact,
+    is_known_to_jax,
     left_alone,
     shortened,
 )
 from ._conventions import is_convention, out_last, read_out_last
-from ._text import BOX, at, children_of, describe, joined_lines, place, stacklevel_of_the_user
+from ._text import BOX, at, children_of, describe, joined_lines, place, stacklevel_of_the_user, type_name
 
 _OUTSIDE_OF_FLATTEN = (
     "If optax.flatten made one vector of all parameters, put the centralization around it: "
     "optax.chain(gc_optax.centralize(...), optax.flatten(optimizer))"
 )
-
-
-# NumPy's `longdouble` is `float64` on some machines.
-_UNKNOWN_TO_JAX = {np.dtype(np.longdouble), np.dtype(np.clongdouble)} - {
-    np.dtype(np.float64),
-    np.dtype(np.complex128),
-}
 
 
 _MOST_KEPT = 8
@@ -128,7 +124,7 @@ def match(role: str, tree: PyTree, params: PyTree, *, prefix: bool) -> list[tupl
             entries = [entry] * len(children)
         else:
             with_keys, entry_structure = children_of(entry)
-            if entry_structure != structure:
+            if not _are_equal(entry_structure, structure):
                 raise ValueError(
                     f"{role} does not have the structure of the parameters: at {at(path)} the parameters "
                     f"have {describe(node)}, {role} has {describe(entry)}{_mend(role, node, entry)}"
@@ -141,6 +137,14 @@ def match(role: str, tree: PyTree, params: PyTree, *, prefix: bool) -> list[tupl
     return matched
 
 
+def _are_equal(one: jtu.PyTreeDef, other: jtu.PyTreeDef) -> bool:
+    """Whether two structures are the same. An array that a node keeps in a static field has no answer."""
+    try:
+        return bool(one == other)
+    except ValueError:
+        return False
+
+
 def _mend(role: str, node: Any, entry: Any) -> str:
     """What to write where a user's tree differs from the parameters (`node`) in a way that is often met."""
     if isinstance(entry, str):
@@ -148,12 +152,15 @@ def _mend(role: str, node: Any, entry: Any) -> str:
     bases = [f"{base.__module__}.{base.__name__}" for base in type(entry).__mro__]
     if role == "axes" and "flax.nnx.module.Module" in bases:
         return ". For a model of Flax NNX, gc_optax.nnx.infer_axes gives them as nnx.Optimizer needs them"
+    keys, entry_keys = ([key for key, _ in children_of(each)[0]] for each in (node, entry))
+    if type(entry) is type(node) and keys == entry_keys:
+        return ". They are not equal in what they keep beside that, static fields for example"
     for whose, outer, inner in (("the parameters", node, entry), (f"the {role}", entry, node)):
         # One of the two is {"params": {"Dense_0": ...}}, and the other {"Dense_0": ...}.
         children, structure = children_of(outer)[0], children_of(inner)[1]
         if len(children) == 1 and not jtu.all_leaves([inner]):
             [(key, child)] = children
-            if children_of(child)[1] == structure:
+            if _are_equal(children_of(child)[1], structure):
                 return f". Below {at(key)} of {whose} the two fit: give both with it, or both without"
     return ""
 
@@ -183,9 +190,19 @@ def _settle_leaf(path: Path, leaf: Any, given: Any, keep: Any) -> WeightAxes:
     if not _as_bool(keep, where):
         return left_alone("masked out", op=axes.op)
     axes = applicable(_in_range(axes, leaf, where), leaf)
-    if axes.fan_in and leaf.dtype in _UNKNOWN_TO_JAX:
+    if axes.fan_in and not is_known_to_jax(leaf.dtype):
         raise TypeError(f"{where}, is of dtype {leaf.dtype}, which JAX does not have")
     return axes
+
+
+def require_arrays(gradients: PyTree, settled: list[WeightAxes]) -> None:
+    """Raises an error where a leaf that is to be centralized only stands for an array."""
+    leaves = jax.tree.leaves(gradients, is_leaf=is_absent)
+    for number, (leaf, axes) in enumerate(zip(leaves, settled, strict=True)):
+        if axes.fan_in and not is_float_array(leaf):
+            places, _ = jtu.tree_flatten_with_path(gradients, is_leaf=is_absent)
+            path, _ = places[number]
+            raise TypeError(f"the gradient of {at(path)} must be an array, got a {type_name(leaf)}")
 
 
 def _as_weight_axes(given: Any, where: str) -> WeightAxes:
@@ -229,7 +246,8 @@ def _in_range(axes: WeightAxes, leaf: Any, where: str) -> WeightAxes:
         )
     for axis in axes.fan_in + axes.fan_out:
         if not -rank <= axis < rank:
-            raise ValueError(f"axes for {where}: axis {axis} is out of range for rank {rank}")
+            shown = describe_leaf(axis)
+            raise ValueError(f"axes for {where}: axis {shown} is out of range for rank {rank}")
     fan_in = tuple(axis % rank for axis in axes.fan_in)
     fan_out = tuple(axis % rank for axis in axes.fan_out)
     if len(set(fan_in + fan_out)) < len(fan_in + fan_out):
@@ -240,8 +258,9 @@ def _in_range(axes: WeightAxes, leaf: Any, where: str) -> WeightAxes:
 
 def _as_bool(keep: Any, where: str) -> bool:
     """A leaf of the user's mask, of Python, NumPy or JAX."""
-    is_bool = isinstance(keep, bool) or (is_array_like(keep) and keep.dtype == jnp.bool_ and keep.shape == ())
-    if is_bool and not isinstance(keep, jax.core.Tracer):
+    is_array = isinstance(keep, jax.Array | np.ndarray) and not isinstance(keep, jax.core.Tracer)
+    is_bool = isinstance(keep, bool | np.bool_) or (is_array and keep.dtype == jnp.bool_ and keep.shape == ())
+    if is_bool:
         return bool(keep)
     raise TypeError(
         f"mask for {where} must be a bool that is known when the update is traced, got {describe(keep)}"
@@ -254,7 +273,7 @@ def _warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes]) -> Non
     Also of a lone vector, which is what `optax.flatten` shows of the parameters that it is given.
     """
     places, _ = jtu.tree_flatten_with_path(params)
-    if [(path, np.ndim(leaf)) for path, leaf in places] == [((), 1)]:
+    if [path for path, _ in places] == [()] and is_inexact(places[0][1]) and len(places[0][1].shape) == 1:
         warnings.warn(
             "the parameters are a single vector without a name, in which gc_optax finds no weight vectors: "
             f"nothing is centralized. {_OUTSIDE_OF_FLATTEN}. If there is nothing to centralize, "

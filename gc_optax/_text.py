@@ -45,7 +45,12 @@ def describe(node: Any) -> str:
     named = [at(key) for key, _ in children[:_MOST_CHILDREN]]
     more = len(children) - len(named)
     inside = shortened(", ".join(named)) or "nothing"
-    return f"a {type(node).__name__} with {inside}" + (f" and {more} more" if more else "")
+    return f"a {type_name(node)} with {inside}" + (f" and {more} more" if more else "")
+
+
+def type_name(thing: Any) -> str:
+    """The name of a type as a user reads it, in bounded length."""
+    return shortened(type(thing).__name__, 80)
 
 
 def joined_lines(lines: list[str], most: int = 20) -> str:

@@ -460,6 +460,11 @@ def test_centralized_refuses_another_place(where):
         centralized(optax.sgd(0.1), where=where)
 
 
+def test_centralized_refuses_an_array_for_a_place_in_the_same_words():
+    with pytest.raises(ValueError, match=r'where must be "gradients" or "updates", got an array of dtype'):
+        centralized(optax.sgd(0.1), where=np.ones(2))
+
+
 def test_centralized_refuses_what_is_no_transformation():
     with pytest.raises(
         TypeError, match=r"optimizer must be an optax\.GradientTransformation, got <function adam"

@@ -262,6 +262,23 @@ def test_summarize_refuses_gradients_of_something_else(gradients, message):
         summarize({"w": jnp.ones((4, 3)), "b": jnp.ones(3)}, gradients=gradients)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.longdouble, ">f4"])
+def test_summarize_refuses_gradients_that_hold_no_floats_of_jax(dtype):
+    params = {"w": jnp.ones((3, 4))}
+    with pytest.raises(ValueError, match=r"the gradient of \['w'\], shape \(3, 4\), is an array of dtype"):
+        summarize(params, gc_optax.out_last, gradients={"w": np.ones((3, 4), dtype)})
+
+
+def test_summarize_takes_a_number_of_numpy_for_a_gradient():
+    shown = summarize({"scale": np.float32(1)}, gc_optax.out_last, gradients={"scale": np.float32(2)})
+    assert "That removes 0.0% of the squared norm" in shown
+
+
+def test_summarize_takes_names_of_thousands_of_digits():
+    shown = summarize({"1" * 5000: jnp.ones((3, 4)), "2" * 5000: jnp.ones((3, 4))}, gc_optax.out_last)
+    assert shown.endswith("2 of 2 parameters are centralized: 24 of 24 entries, in 8 weight vectors.")
+
+
 def test_summarize_takes_the_gradients_of_an_equinox_module():
     model = eqx.nn.MLP(2, 3, 4, 1, key=jax.random.key(0))
     gradients = eqx.filter_grad(lambda model: model(jnp.ones(2)).sum())(model)

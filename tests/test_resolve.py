@@ -97,6 +97,11 @@ def test_bad_axes_are_refused_with_the_place(entry, error, message):
         settled({"Dense_0": {"bias": None, "kernel": 0}, "stack": entry})
 
 
+def test_an_axis_of_thousands_of_digits_is_refused_with_the_place():
+    with pytest.raises(ValueError, match=r"\['stack'\], shape .* axis .* is out of range for rank 3"):
+        settled({"Dense_0": {"bias": None, "kernel": 0}, "stack": 10**5000})
+
+
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
@@ -164,6 +169,7 @@ def test_masks_are_those_of_optax(mask, expected):
         ({"Dense_0": True, "stack": None}, TypeError, "got None"),
         ({"Dense_0": True, "stack": {"a": True}}, TypeError, "got a dict with ['a']"),
         ({"Dense_0": True, "stack": np.array([True])}, TypeError, "mask for ['stack']"),
+        ({"Dense_0": True, "stack": Shape((), jnp.bool_)}, TypeError, "mask for ['stack'], shape (2, 3, 4)"),
     ],
 )
 def test_bad_masks_are_refused_with_the_place(mask, error, message):
@@ -302,6 +308,24 @@ def test_a_transformation_can_be_sent_to_another_process_before_and_after_an_upd
     np.testing.assert_array_equal(received["w"], expected["w"])
 
 
+def test_a_tree_that_is_changed_afterwards_has_no_effect():
+    axes, mask = {"w": 0}, {"w": True}
+    transformation = gc_optax.centralize(axes, mask=mask)
+    gradients = {"w": jnp.arange(6.0).reshape(3, 2)}
+    axes["w"], mask["w"] = 7, 7
+    transformation.init(gradients)
+    updates, _ = transformation.update(gradients, optax.EmptyState())
+    np.testing.assert_array_equal(updates["w"], [[-2, -2], [0, 0], [2, 2]])
+
+
+def test_keys_that_are_equal_to_python_have_one_meaning():
+    transformation = gc_optax.centralize(out_last)
+    for key in (True, 1):
+        gradients = {"bias": {key: jnp.ones((3, 4))}}
+        updates, _ = transformation.update(gradients, optax.EmptyState())
+        assert updates["bias"][key] is gradients["bias"][key]
+
+
 def test_a_tree_without_a_hash_or_with_other_leaves_than_arrays_is_settled_every_time():
     @jax.tree_util.register_pytree_node_class
     class Unhashable:
@@ -357,6 +381,35 @@ def test_no_mend_is_made_up(axes, params):
     assert "convention" not in str(caught.value)
 
 
+class Tagged:
+    """A node with something beside its leaf."""
+
+    def __init__(self, kernel, tag):
+        self.kernel, self.tag = kernel, tag
+
+
+jax.tree_util.register_pytree_with_keys(
+    Tagged,
+    lambda node: (((jax.tree_util.GetAttrKey("kernel"), node.kernel),), node.tag),
+    lambda tag, children: Tagged(*children, tag),
+)
+
+
+@pytest.mark.parametrize("tags", [("a", "b"), (np.arange(2), np.arange(2))])
+def test_nodes_with_other_static_fields_are_told_apart_in_words(tags):
+    params, axes = Tagged(leaf(3, 4), tags[0]), Tagged(0, tags[1])
+    message = "at ['model'] the parameters have a Tagged with .kernel, axes has a Tagged with .kernel"
+    with pytest.raises(ValueError, match=re.escape(message) + ". They are not equal in what they keep"):
+        settled({"model": axes}, params={"model": params})
+
+
+def test_a_very_long_name_of_a_type_is_shortened():
+    long = type("Long" * 2000, (Shape,), {})
+    with pytest.raises(TypeError) as caught:
+        gc_optax.centralize_gradients({"w": long((3, 4), jnp.float32)})
+    assert len(str(caught.value)) < 200
+
+
 def test_axes_of_the_general_function_are_refused_for_an_nnx_optimizer_with_the_name_of_its_own():
     model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
     axes = gc_optax.infer_axes(lambda model, x: jnp.sum(model(x)), model, jnp.ones((2, 3)))
@@ -385,6 +438,8 @@ def test_a_class_among_the_leaves_is_no_array():
             np.ones((3, 4), np.clongdouble),
             f"['a']['w'], shape (3, 4), is of dtype {np.dtype(np.clongdouble)}, which JAX",
         ),
+        (np.ones((3, 4), ">f4"), "['a']['w'], shape (3, 4), is of dtype >f4, which JAX does not have"),
+        (np.ma.ones((3, 4)), "the gradient of ['a']['w'] must be an array, got a MaskedArray"),
     ],
 )
 def test_what_jax_cannot_compute_with_is_refused_by_name(leaf, message):
@@ -392,8 +447,30 @@ def test_what_jax_cannot_compute_with_is_refused_by_name(leaf, message):
         gc_optax.centralize_gradients({"a": {"w": leaf}})
     with pytest.raises(TypeError, match=re.escape(message)):
         gc_optax.centralize().update({"a": {"w": leaf}}, optax.EmptyState())
+    with pytest.raises(TypeError, match=re.escape(message)):
+        gc_optax.removed_fraction({"a": {"w": leaf}})
     masked = gc_optax.centralize_gradients({"a": {"w": leaf}}, mask=False)
     assert masked["a"]["w"] is leaf
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((3, 4), "torch.float32"), ((3, 4), object()), ([3, 4], np.dtype("f4")), (None, None)],
+)
+def test_an_array_of_another_library_is_left_alone_with_the_reason(shape, dtype):
+    foreign = type("Tensor", (), {"shape": shape, "dtype": dtype, "__repr__": lambda _: "a tensor"})()
+    assert settle({"w": foreign}, None, None)[0].why.startswith("no array of floats: a")
+    assert gc_optax.centralize_gradients({"w": foreign})["w"] is foreign
+
+
+def test_a_leaf_that_numpy_cannot_read_is_left_alone():
+    class Closed:
+        def __array__(self, *args, **kwargs):
+            raise RuntimeError
+
+    closed = Closed()
+    assert gc_optax.centralize_gradients({"w": closed})["w"] is closed
+    assert gc_optax.centralize_gradients(range(3)) == range(3), "without a word of a single vector"
 
 
 def test_a_dtype_without_a_sign_is_left_alone_with_the_reason():

@@ -1,4 +1,4 @@
-"""What type checkers make of `gc_optax.optimizers`: `make lint` checks this file, and nothing runs it.
+"""What type checkers that read optax make of `gc_optax`: `make lint` checks this file, and nothing runs it.
 
 An ignored error which is none is an error.
 """
@@ -24,5 +24,6 @@ def never_called() -> None:
     adamw(1e-3, weight_dekay=0.1)  # type: ignore[call-overload]
     adamw(1e-3, b1="large")  # type: ignore[call-overload]
     adamw(1e-3, where="update")  # type: ignore[call-overload]
+    gc_optax.centralized(optax.MultiSteps(optax.adam(1e-3), 2))  # type: ignore[arg-type]
     adamw(1e-3, centralization=0)  # type: ignore[call-overload]
     gc_optax.optimizers.adamv  # type: ignore[attr-defined]  # noqa: B018

@@ -68,6 +68,5 @@ def wrong(params: dict[str, jax.Array], x: jax.Array) -> None:
     centralized(optax.adam(1e-3), where="update")  # type: ignore[arg-type]
     conv_only("out_last")  # type: ignore[call-overload]
     infer_axes(params, loss)  # type: ignore[arg-type]
-    centralized(optax.MultiSteps(optax.adam(1e-3), 2))  # type: ignore[arg-type]
     gc_optax.centralise(0)  # type: ignore[attr-defined]
     WeightAxes(0)  # type: ignore[arg-type]
