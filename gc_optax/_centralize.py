@@ -53,8 +53,8 @@ def centralize(
         axes: which axes are the inputs of a weight vector. A tree with the structure of the
             parameters, of which a copy is kept, or a function from the parameters to such a tree. A leaf
             is a `WeightAxes`, an int, a tuple of ints, an `optax.contrib.MuonDimensionNumbers` (whose
-            `reduction_axis` counts), or `None` for "leave this one alone"; negative axes count from the end. By
-            default the convention `out_last`, with one warning from `init` that names the kernels
+            `reduction_axis` counts), or `None` for "leave this one alone"; negative axes count from the
+            end. By default the convention `out_last`, with one warning from `init` that names the kernels
             that it cannot settle: those of rank 3 and more, but for attention layers whose kernels
             fit together, and for what is certain to be a convolution. `out_last` has the rule, and
             `axes=out_last` takes the convention silently.

@@ -23,7 +23,7 @@ import gc_optax
 from gc_optax import WeightAxes
 
 # Few shapes, so that few programs are compiled. Those with a fan-in of 1 or 0 are among them.
-SHAPES = [(), (3,), (3, 2), (2, 3), (1, 4), (2, 0), (2, 3, 2), (2, 2, 3, 2)]
+SHAPES = [(), (3,), (3, 2), (2, 3), (1, 4), (2, 0), (2, 3, 2), (1, 1, 3, 2)]
 FEW_SHAPES = [(), (3,), (3, 2), (1, 4), (2, 0), (2, 3, 2)]
 FLOATS = [jnp.bfloat16, jnp.float16, jnp.complex64]
 # float6 is left out: XLA has no code for it on CPU.
@@ -508,7 +508,7 @@ def _draw(rng, x64):
         case.axes = gc_optax.out_first if first else pick(rng, [None, None, gc_optax.out_last])
         if case.axes is not None and chance(rng, 0.3):
             case.axes = gc_optax.conv_only(case.axes)
-            # No name here is one of a convolution, but this shape is: a square window over three channels.
+            # No name here is one of a convolution, but this shape is: a window of 1 x 1.
             case.fan_in = [axes if axes == (0, 1, 2) else () for axes in case.fan_in]
     else:
         chosen = good_axes(rng, values)
