@@ -34,7 +34,7 @@ def out_last(params: PyTree) -> PyTree:
     - attention layers of rank 3 whose `query`, `key`, `value` and `out` fit together, and depthwise and
       transposed convolutions whose names tell their layout;
     - a convolution whose name counts its dimensions, `conv2d` of Keras or `conv2_d` of Haiku, where the rank
-      is two more (of `conv1d`, where there are more inputs than a window is wide);
+      is two more (of `conv1d`, where it has more than 32 inputs);
     - a kernel of rank 4 with a square window whose module's name has the word "conv", or over an image of up
       to 4 channels where the path says "patch", "stem" or "embed";
     - a window of 1 x 1, in which nothing can be taken for a stack.
@@ -297,7 +297,7 @@ def _is_convolution(name: _Name, window: tuple[int, ...], inputs: int) -> bool:
         return False
     if dimensions := _dimensions(name):
         # Depthwise kernels of shape (width, channels) in a stack have rank 3 too.
-        return len(window) == dimensions and (dimensions > 1 or inputs > _WIDEST_WINDOW > window[0])
+        return len(window) == dimensions and (dimensions > 1 or inputs > _WIDEST_WINDOW)
     is_square = len(window) == 2 and window[0] == window[1]
     is_of_patches = bool(_PATCHES.search(path)) and inputs <= _MOST_CHANNELS
     return is_square and (window[0] == 1 or is_of_patches or _is_named_convolution(name))

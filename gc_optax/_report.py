@@ -173,8 +173,8 @@ class _Row:
 
     @property
     def vectors(self) -> int:
-        """The number of weight vectors that are centralized."""
-        return self.entries // self.fan_in if self.axes.fan_in else 0
+        """The number of weight vectors, where they are centralized."""
+        return self.entries // self.fan_in
 
     def cells(self) -> list[str]:
         """What the table shows."""

@@ -57,6 +57,8 @@ def warnings_of(params, *args, **kwargs):
         ("out/kernel", (3, 3, 64, 16), (0, 1, 2), (3,)),
         ("depthwise_kernel", (3, 3, 16, 2), (0, 1), (3,)),
         ("depthwise_conv2d/kernel", (3, 3, 16, 2), (0, 1), (3,)),
+        ("depthwise_conv1d/kernel", (3, 16, 1), (0,), (2,)),
+        ("depthwise_conv2d/kernel", (3, 3, 1, 16), (0, 1, 2), (3,)),
         ("depthwise/kernel", (3, 3, 1, 16), (0, 1, 2), (3,)),
         ("conv_dw_1/kernel", (3, 3, 16, 1), (0, 1), (3,)),
         ("block1a_dwconv/kernel", (3, 3, 16, 1), (0, 1), (3,)),
