@@ -16,8 +16,8 @@ README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 START, END = README.index("## Coming from elsewhere"), README.index("## Names")
 SECTION = README[START:END]
 
-PARAMS = {"kernel": jnp.zeros((3, 3, 2, 4)), "bias": jnp.zeros((4,))}
-TARGET = {"kernel": jnp.arange(72.0).reshape(3, 3, 2, 4) ** 2, "bias": jnp.arange(4.0)}
+PARAMS = {"conv_kernel": jnp.zeros((3, 3, 2, 4)), "bias": jnp.zeros((4,))}
+TARGET = {"conv_kernel": jnp.arange(72.0).reshape(3, 3, 2, 4) ** 2, "bias": jnp.arange(4.0)}
 
 
 def loss(params):
@@ -28,7 +28,7 @@ GRADIENTS = jax.grad(loss)(PARAMS)
 NAMES = {
     **{name: getattr(gc_optax, name) for name in dir(gc_optax) if not name.startswith("_")},
     "gc_optax": gc_optax,
-    "gradient": GRADIENTS["kernel"],
+    "gradient": GRADIENTS["conv_kernel"],
     "gradients": GRADIENTS,
     "jax": jax,
     "learning_rate": 0.1,
@@ -57,14 +57,14 @@ def test_every_row_but_that_of_the_variants_has_a_line():
 def test_the_line_centralizes(line):
     result = eval(line, NAMES)
     updates = step(result) if isinstance(result, optax.GradientTransformation) else result
-    kernel = updates["kernel"] if isinstance(updates, dict) else updates
+    kernel = updates["conv_kernel"] if isinstance(updates, dict) else updates
     inputs = (1, 2, 3) if "out_first" in line else (0, 1, 2)
-    assert mean_over(inputs, GRADIENTS["kernel"]) > 0.1
+    assert mean_over(inputs, GRADIENTS["conv_kernel"]) > 0.1
     if ".adam(" in line:
         # Adam's first step is the sign of what it gets.
-        centralized = gc_optax.centralize_gradients(GRADIENTS)["kernel"]
+        centralized = gc_optax.centralize_gradients(GRADIENTS)["conv_kernel"]
         np.testing.assert_array_equal(jnp.sign(kernel), -jnp.sign(centralized))
-        assert (jnp.sign(kernel) != -jnp.sign(GRADIENTS["kernel"])).any()
+        assert (jnp.sign(kernel) != -jnp.sign(GRADIENTS["conv_kernel"])).any()
     else:
         assert mean_over(inputs, kernel) < 1e-6
     assert kernel is updates or jnp.abs(updates["bias"]).max() > 0
