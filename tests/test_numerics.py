@@ -80,7 +80,7 @@ def error_beyond_one_rounding(gradient, repeats=1):
 
 
 def assert_bound(error, bound):
-    assert float(bound) / 10 <= error <= float(bound)
+    assert float(bound) / 20 <= error <= float(bound)
 
 
 def same_bits(one, other):
@@ -157,7 +157,7 @@ def check_in_a_chain(dtype, cell):
         apart, _ = jax.jit(optimizer.update)(centralized, optimizer.init(params), params)
         together, apart = widest(np.asarray(together)), widest(np.asarray(apart))
         errors.append(np.max(abs(together - apart)) / np.max(abs(apart)))
-    assert max(errors) <= float(cell)  # no less than a tenth of it only where there is a fused multiply-add
+    assert max(errors) <= float(cell)  # more than nothing only where there is a fused multiply-add
 
 
 def check_other_process(dtype, cell):
