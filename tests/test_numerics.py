@@ -80,7 +80,7 @@ def error_beyond_one_rounding(gradient, repeats=1):
 
 
 def assert_bound(error, bound):
-    assert float(bound) / 20 <= error <= float(bound)
+    assert float(bound) / 10 <= error <= float(bound)
 
 
 def same_bits(one, other):
@@ -233,6 +233,8 @@ CELLS = [
 
 @pytest.mark.parametrize(("dtype", "column", "cell"), CELLS)
 def test_cell(dtype, column, cell):
+    if (dtype, column) == ("float64", "equal entries") and jax.__version_info__ < (0, 9, 1):
+        pytest.skip("XLA sums in blocks of 32 first, and a float64 mean has an error of 1.5e-15")
     with_its_bits(dtype, CHECKS[column], cell)
 
 
