@@ -5,7 +5,7 @@ import functools
 import math
 import reprlib
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeGuard, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax import tree_util as jtu
 
 PyTree = Any
 Path = tuple[Any, ...]
+Role = Literal["", "input", "hidden", "output", "weight", "lookup"]
 
 
 class _IsDataclass(Protocol):
@@ -64,9 +65,15 @@ class WeightAxes:
         op: the JAX primitive in which the weight meets the data (`"dot_general"`,
             `"conv_general_dilated"`), as far as it is known.
         why: for a reader, where the axes come from or why the parameter is left alone.
+        role: where in the model a weight stands, as far as it is known. `"input"`: the data have met no other
+            weight before, `"output"`: they meet none afterwards, `"hidden"`: what lies between, `"weight"`: not
+            known where, and `"lookup"`: a table that data index into, which counts as a weight for the others.
+            Empty for all else, as a bias. A weight has a role even where its `fan_in` is empty because it is
+            of one entry, or because it is used in ways that differ. `infer_axes` defines it.
 
     Raises:
         TypeError: if `fan_in` or `fan_out` is not a tuple of ints.
+        ValueError: if `role` is none of these.
 
     Example:
         A stack of 12 dense layers of shape (64, 32), kept in one array:
@@ -81,12 +88,22 @@ class WeightAxes:
     fan_out: tuple[int, ...] = ()
     op: str = ""
     why: str = ""
+    role: Role = ""
     rank: int | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for field, axes in (("fan_in", self.fan_in), ("fan_out", self.fan_out)):
             if not (isinstance(axes, tuple) and all(map(is_axis, axes))):
                 raise TypeError(f"WeightAxes.{field} must be a tuple of ints, got {describe_leaf(axes)}")
+        if self.role not in get_args(Role):
+            raise ValueError(
+                f"WeightAxes.role must be one of {get_args(Role)}, got {describe_leaf(self.role)}"
+            )
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is contracted with data, whatever its fan-in: a table that data index into is none."""
+        return bool(self.fan_in) or self.role in ("input", "hidden", "output", "weight")
 
     def to_muon(self) -> optax.contrib.MuonDimensionNumbers | None:
         """The same axes for `optax.contrib.muon`, which orthogonalizes the matrix that they make.
@@ -132,9 +149,9 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
 
 
-def left_alone(why: str, op: str = "") -> WeightAxes:
+def left_alone(why: str, op: str = "", role: Role = "") -> WeightAxes:
     """The axes of a parameter that is not centralized."""
-    return WeightAxes((), (), op, why)
+    return WeightAxes((), (), op, why, role)
 
 
 def applicable(axes: WeightAxes, leaf: Any) -> WeightAxes:
@@ -142,12 +159,12 @@ def applicable(axes: WeightAxes, leaf: Any) -> WeightAxes:
     if not is_inexact(leaf):
         return left_alone(f"no array of floats: {describe_leaf(leaf)}", op=axes.op)
     if leaf.dtype == jnp.float8_e8m0fnu:
-        return left_alone("float8_e8m0fnu has no sign, so it holds no difference", op=axes.op)
+        return left_alone("float8_e8m0fnu has no sign, so it holds no difference", axes.op, axes.role)
     if 0 in leaf.shape:
-        return left_alone("empty", op=axes.op)
+        return left_alone("empty", axes.op, axes.role)
     fan_in = math.prod(leaf.shape[axis] for axis in axes.fan_in)
     if axes.fan_in and fan_in < 2:
-        return left_alone(f"fan-in {fan_in}: {NOTHING_LEFT}", op=axes.op)
+        return left_alone(f"fan-in {fan_in}: {NOTHING_LEFT}", axes.op, axes.role or "weight")
     return axes
 
 

@@ -1,5 +1,6 @@
 """The conventions: axes from names and shapes, and how sure that is."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -9,7 +10,18 @@ from typing import Any, NamedTuple, overload
 import jax
 from jax import tree_util as jtu
 
-from ._axes import Axes, AxesTree, Path, PyTree, WeightAxes, is_function, is_inexact, left_alone, read_from
+from ._axes import (
+    Axes,
+    AxesTree,
+    Path,
+    PyTree,
+    Role,
+    WeightAxes,
+    is_function,
+    is_inexact,
+    left_alone,
+    read_from,
+)
 from ._text import BOX, at, describe
 
 _DOT = "dot_general"
@@ -159,7 +171,8 @@ def _keep_convolution(path: Path, axes: Any) -> WeightAxes:
         )
     if axes.op == _CONV or not axes.fan_in:
         return axes
-    return left_alone("no convolution" if axes.op else "not known to be a convolution", op=axes.op)
+    why = "no convolution" if axes.op else "not known to be a convolution"
+    return left_alone(why, axes.op, axes.role or "weight")
 
 
 class _Name(NamedTuple):
@@ -189,10 +202,11 @@ class _Reading(NamedTuple):
 # The last word of a leaf's name that one of these knows decides: "kernel_scale" is a scale, and
 # "embed_kernel" is a kernel. Frameworks glue words together ("posemb"), so some match an ending.
 _WEIGHT = re.compile(r"kernels?|weights?|w")
+_A_TABLE = "named as an embedding, a lookup table"
 _NO_WEIGHT_MATRIX = {
     re.compile(r".*bias(es)?|offset|shift|beta"): "named as a bias",
     re.compile(r".*scales?|gamma|alpha|slope|gain"): "named as a scale",
-    re.compile(r".*emb(ed(ding)?)?s?|codebooks?"): "named as an embedding, a lookup table",
+    re.compile(r".*emb(ed(ding)?)?s?|codebooks?"): _A_TABLE,
     re.compile(r"tokens?"): "named as a token, a learned input",
     re.compile(r"mean|var(iance)?|std(dev)?"): "named as a statistic",
 }
@@ -235,9 +249,11 @@ def _read(rule: Callable[[_Name, tuple[int, ...]], _Reading], path: Path, leaf: 
     name = _name(path)
     why_not = _no_weight_matrix(name, len(leaf.shape))
     if why_not:
-        return _Reading(left_alone(why_not), settled=True)
+        role: Role = "lookup" if why_not == _A_TABLE else ""
+        return _Reading(left_alone(why_not, role=role), settled=True)
     reading = rule(name, leaf.shape)
-    return reading._replace(axes=read_from(leaf, reading.axes))
+    axes = dataclasses.replace(reading.axes, role="weight")
+    return reading._replace(axes=read_from(leaf, axes))
 
 
 def _out_last_kernel(attention: set[tuple[str, ...]], name: _Name, shape: tuple[int, ...]) -> _Reading:
@@ -360,7 +376,7 @@ def _no_weight_matrix(name: _Name, rank: int) -> str:
             return "named as the weight of a normalization"
         # At a higher rank it is a patch embedding, which is a convolution.
         if rank == 2 and _EMBEDDING_MODULE.fullmatch(module):
-            return "named as an embedding, a lookup table"
+            return _A_TABLE
     return ""
 
 
