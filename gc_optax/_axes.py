@@ -65,11 +65,11 @@ class WeightAxes:
         op: the JAX primitive in which the weight meets the data (`"dot_general"`,
             `"conv_general_dilated"`), as far as it is known.
         why: for a reader, where the axes come from or why the parameter is left alone.
-        role: where in the model a weight stands, as far as it is known. `"input"`: the data have met no other
-            weight before, `"output"`: they meet none afterwards, `"hidden"`: what lies between, `"weight"`: not
-            known where, and `"lookup"`: a table that data index into, which counts as a weight for the others.
-            Empty for all else, as a bias. A weight has a role even where its `fan_in` is empty because it is
-            of one entry, or because it is used in ways that differ. `infer_axes` defines it.
+        role: where in the model a weight stands, as far as it is known. `"input"`: the data have met no
+            other weight before. `"output"`: they meet none afterwards. `"hidden"`: what lies between.
+            `"weight"`: it is not known where. `"lookup"`: a table that data index into. Empty for all else,
+            a bias for example. A weight has a role even where its `fan_in` is empty because it has a single
+            input, or because it is used in ways that differ. `infer_axes` has the definition.
 
     Raises:
         TypeError: if `fan_in` or `fan_out` is not a tuple of ints.
