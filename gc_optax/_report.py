@@ -81,7 +81,8 @@ def summarize(params: PyTree, axes: Axes = None, *, mask: Mask = None, gradients
     """A table of what is centralized, over which axes and why.
 
     Each array has a row, those that are left alone too. Parameters that differ only in an index of
-    their path (the blocks of a transformer) share one.
+    their path (the blocks of a transformer) share one. Where the axes know it, as those of `infer_axes` do, a
+    column has the role of each weight: see `WeightAxes`.
 
     Args:
         params: the parameters, a tree of arrays or of `jax.ShapeDtypeStruct`s.
@@ -176,13 +177,19 @@ class _Row:
         """The number of weight vectors, where they are centralized."""
         return self.entries // self.fan_in
 
-    def cells(self) -> list[str]:
-        """What the table shows."""
-        cells = ["".join(self.path), str(self.shape)]
+    def cells(self) -> dict[str, str]:
+        """What the table may show, by the heading of the column."""
+        numbers = ["-", "-", "-", "-"]
         if self.axes.fan_in:
             axes = ", ".join(map(str, self.axes.fan_in))
-            return [*cells, axes, f"{self.fan_in:,}", f"{self.vectors:,}", self.axes.why, _percent([self])]
-        return [*cells, "-", "-", "-", self.axes.why, "-"]
+            numbers = [axes, f"{self.fan_in:,}", f"{self.vectors:,}", _percent([self])]
+        return {
+            "parameter": "".join(self.path),
+            "shape": str(self.shape),
+            **dict(zip(("mean over", "fan-in", "vectors", "removed"), numbers, strict=True)),
+            "role": self.axes.role or "-",
+            "why": self.axes.why,
+        }
 
 
 def _percent(rows: list[_Row]) -> str:
@@ -257,12 +264,16 @@ def _table(rows: list[_Row], *, with_gradients: bool) -> str:
     except ImportError as error:
         raise ImportError("summarize needs Rich: pip install 'gc_optax[report]'") from error
     shown = table.Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    headings = ["parameter", "shape", "mean over", "fan-in", "vectors", "why", "removed"]
-    for heading in headings if with_gradients else headings[:-1]:
-        is_text = heading in ("parameter", "shape", "why")
+    # A convention knows what is a weight and what a table, but not where a weight stands.
+    with_roles = any(row.axes.role in ("input", "hidden", "output") for row in rows)
+    roles, removed = ["role"] if with_roles else [], ["removed"] if with_gradients else []
+    headings = ["parameter", "shape", "mean over", "fan-in", "vectors", *roles, "why", *removed]
+    for heading in headings:
+        is_text = heading in ("parameter", "shape", "role", "why")
         shown.add_column(heading, justify="left" if is_text else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*(text.Text(cell) for cell in row.cells()[: len(shown.columns)]))
+        cells = row.cells()
+        shown.add_row(*(text.Text(cells[heading]) for heading in headings))
     printed = io.StringIO()
     plain = console.Console(
         file=printed, width=_WIDTH, color_system=None, force_terminal=False, force_jupyter=False

@@ -15,7 +15,14 @@ import optax
 import pytest
 
 import gc_optax
-from gc_optax import WeightAxes, centralize, centralize_gradients, removed_fraction, summarize
+from gc_optax import (
+    WeightAxes,
+    centralize,
+    centralize_gradients,
+    infer_axes,
+    removed_fraction,
+    summarize,
+)
 from gc_optax._mean import norm
 
 # removed_fraction
@@ -112,6 +119,32 @@ def test_removed_fraction_is_a_metric_in_a_chain_under_jit():
 
 
 # summarize
+
+
+def test_the_table_has_the_roles_where_they_are_known():
+    params = {"layers": [jnp.ones((4, 4))] * 4, "bias": jnp.ones(4), "table": jnp.ones((9, 4))}
+
+    def model(params, words):
+        x = params["table"][words]
+        for kernel in params["layers"]:
+            x = jnp.tanh(x @ kernel) + params["bias"]
+        return x
+
+    axes = infer_axes(model, params, jnp.arange(5))
+    table = [line.split() for line in summarize(params, axes).splitlines()]
+    heading = table[0].index("role") - 1  # the words "mean over" head one column
+    assert table[0][-2:] == ["role", "why"]
+    tuples = [[words[0], *" ".join(words).partition(") ")[2].split()] for words in table[2:6]]
+    assert [(words[0], words[heading - 1]) for words in tuples] == [
+        ("bias", "-"),
+        ("layers/{0..2}", "hidden"),
+        ("layers/3", "output"),
+        ("table", "lookup"),
+    ]
+    with_gradients = summarize(params, axes, gradients=params).splitlines()[0].split()
+    assert with_gradients[-3:] == ["role", "why", "removed"]
+    by_convention = summarize(params, gc_optax.out_last).splitlines()[0].split()
+    assert "role" not in by_convention
 
 
 def transformer(layers):

@@ -14,6 +14,7 @@ from ._rules import Step, backwards, forwards
 from ._uses import (
     BATCH,
     IN,
+    LOOKUP,
     NO_USES,
     NONE,
     OUT,
@@ -94,7 +95,10 @@ def _product(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     is_with_itself = ins[0].source == ins[1].source != 0 and ins[0].mixed == 2
     is_data = is_image or is_with_itself or any(origin.is_data for origin in ins)
     mixed = 2 if any(origin.is_array for origin in ins) else whole.mixed
-    return whole._replace(made=Made.DATA if is_data else either(ins), mixed=mixed)
+    # `x @ (w + argument)` may have met one, `(x + positions) @ closed_over` has not.
+    sides = (ins[:2], ins[1::-1])
+    met = any(mine.has_params and (mine.mixed < 2 or its.is_data) for mine, its in sides)
+    return whole._replace(made=Made.DATA if is_data else either(ins), mixed=mixed, met=met)
 
 
 @backwards("dot_general")
@@ -136,7 +140,7 @@ def _of_side(step: Step, use: Use, side: Side, mine: Origin, other: Side, its: O
 def _beside_data(op: str, side: Side, other: Side, its: Origin) -> Use:
     """The use of a side of a product whose other side is data."""
     if other.picks(its):
-        return Use("other", f"{op}: a lookup table, by a one-hot array")
+        return Use("other", f"{op}: {LOOKUP}, by a one-hot array")
     labels = [BATCH if place in other.places.values() else OUT for place in side.places.values()]
     of_dims = dict(zip(side.places, labels, strict=True))
     for dim, across in zip(side.contracted, other.contracted, strict=True):

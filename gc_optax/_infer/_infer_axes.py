@@ -1,5 +1,6 @@
 """What a user calls, and the way from the uses of a parameter to its axes, or to a warning."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,11 +9,11 @@ import jax
 import numpy as np
 from jax import tree_util as jtu
 
-from .._axes import PyTree, WeightAxes, is_array_like, left_alone, read_from
+from .._axes import PyTree, Role, WeightAxes, is_array_like, left_alone, read_from
 from .._text import describe, joined_lines, place, stacklevel_of_the_user
 from ._origins import Made, Origin, big
 from ._program import shape_of
-from ._uses import OUT, OUTPUT, Use, Uses, listed
+from ._uses import FOLLOWED, OUT, OUTPUT, Use, Uses, common_role, listed
 from ._walk import LOOP, read, read_back, settled
 
 
@@ -34,6 +35,14 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
     they differ (embeddings that are tied to the output layer) it is left alone. It is left alone, with a
     warning, where the computation cannot be read with certainty. The `why` of each `WeightAxes` says which it
     was.
+
+    The `role` of each `WeightAxes` says where in the model a weight stands. It is an `"input"` if the data
+    that it is contracted with have met no weight and no lookup table before, an `"output"` if what comes out
+    of it meets none afterwards, on any way to what `fn` returns, and `"hidden"` otherwise. The only layer of
+    a model is an output. Biases, scales and positions are no weights: the data have met nothing in them. A
+    weight with several uses is an input or an output if it is one in all of them; layers that share an
+    array, as under `nn.scan`, are hidden together. A table, also one that is tied to the output layer, is a
+    `"lookup"`.
 
     Only what the gradient goes through counts as a use. Arrays that `fn` closes over may be data or
     constants: as far as that matters and cannot be told, a warning says so, so give the batch as an argument.
@@ -74,6 +83,8 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
         (1,)
         >>> axes["bias"].fan_in, axes["bias"].why
         ((), 'add: a bias, a scale or a gate')
+        >>> axes["experts"].role, axes["head"].role, axes["bias"].role
+        ('input', 'output', '')
 
     References:
         The primitives are those of https://docs.jax.dev/en/latest/jax.lax.html
@@ -152,7 +163,7 @@ def _verdict(uses: Uses | None, leaf: Any) -> tuple[WeightAxes, bool]:
     """What all uses of a parameter say, and whether they are clear."""
     if uses is None:
         return left_alone("no array"), True
-    judged = sorted(map(_judged, uses), key=lambda use: use.why)
+    judged = sorted(map(_judged, uses - {FOLLOWED}), key=lambda use: use.why)
     if any(use.how in ("kernel", "unclear") and not use.weak for use in judged):
         judged = [use for use in judged if not use.weak]
     kernels, others = ([use for use in judged if use.how == how] for how in ("kernel", "other"))
@@ -174,7 +185,15 @@ def _verdict(uses: Uses | None, leaf: Any) -> tuple[WeightAxes, bool]:
         if others or len(known) > 1:
             ways += dict.fromkeys(use.why for use in others)
             axes = left_alone("used in more than one way: " + "; ".join(ways))
-    return read_from(leaf, axes), not unclear
+    role = "" if unclear else _role(kernels, others)
+    return read_from(leaf, dataclasses.replace(axes, role=role)), not unclear
+
+
+def _role(kernels: list[Use], others: list[Use]) -> Role:
+    """Where in the model a parameter stands. A table that is tied to the output layer is a table."""
+    if any(use.is_lookup for use in others):
+        return "lookup"
+    return common_role(use.role for use in kernels) if kernels else ""
 
 
 def _warn_of_unclear_uses(places: Sequence[Any], verdicts: Sequence[tuple[WeightAxes, bool]]) -> None:

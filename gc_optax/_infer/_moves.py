@@ -13,6 +13,7 @@ from ._rules import Step, absorbed, backwards, forwards, moves, unclear
 from ._uses import (
     BATCH,
     IN,
+    LOOKUP,
     NO_USES,
     NONE,
     OUT,
@@ -120,8 +121,9 @@ def _reduced(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     operand, summed = ins[0], ins[0].varies.intersection(eqn.params["axes"])
     # In `(x[:, :, None] * w).sum(1)` a product entry by entry and a sum make a contraction.
     is_product = operand.is_either and eqn.primitive.name == "reduce_sum"
-    made = Made.DATA if is_product and summed and summed <= operand.along else operand.made
-    return operand.moved(_kept(eqn))._replace(made=made, hot=NO_DIMS, source=0)
+    is_contraction = is_product and summed and summed <= operand.along
+    moved = operand.moved(_kept(eqn))._replace(hot=NO_DIMS, source=0)
+    return moved._replace(made=Made.DATA, met=True) if is_contraction else moved
 
 
 @backwards(*REDUCTIONS)
@@ -255,9 +257,8 @@ def _looked_up(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     whole = [size == extent for size, extent in zip(sizes, old, strict=True)]
     is_matrix = sum(whole) > 1 and all(w or size == 1 for w, size in zip(whole, sizes, strict=True))
     is_vector = (index.is_data or index.has_params) and not is_matrix
-    return picked._replace(
-        made=Made.DATA if is_vector else either(ins), mixed=operand.mixed if is_matrix else 2
-    )
+    made, mixed = Made.DATA if is_vector else either(ins), operand.mixed if is_matrix else 2
+    return picked._replace(made=made, mixed=mixed, met=not is_matrix)
 
 
 @backwards("gather", "dynamic_slice")
@@ -272,7 +273,7 @@ def _looked_up_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
     ]
     found = set()
     for use in uses[0]:
-        before = absorbed(use, table, step.outs[0], f"{step.name}: a lookup table")
+        before = absorbed(use, table, step.outs[0], f"{step.name}: {LOOKUP}")
         before = _before_lookup(step, before, sources, pointed)
         found.add(before.cut_back(partly, step.old, PICK if by_data else BATCH))
     return [found, *[NO_USES] * (len(step.ins) - 1)]

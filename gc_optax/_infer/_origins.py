@@ -46,6 +46,8 @@ class Origin(NamedTuple):
     # A number for its entries, wherever they are: `roll(x, 1)` has that of `x`. Arrays with the same one have
     # entries of one array, computed in one way; with another, or with 0, nothing is known.
     source: int = 0
+    # Whether the data in it have met a weight or a lookup table.
+    met: bool = False
 
     @property
     def is_either(self) -> bool:
@@ -110,7 +112,8 @@ def join(a: Origin, b: Origin) -> Origin:
     if (a.has_params or b.has_params) and (a.is_array or b.is_array):
         made, mixed = Made.DATA if Made.RAW in (a.made, b.made) else max(made, Made.EITHER_CLOSED), 2
     source = a.source if a.source == b.source else 0
-    return Origin(made, a.varies | b.varies, mixed, a.hot & b.hot, a.along | b.along, None, source)
+    varies, along, met = a.varies | b.varies, a.along | b.along, a.met or b.met
+    return Origin(made, varies, mixed, a.hot & b.hot, along, None, source, met)
 
 
 def join_all(origins: Sequence[Origin]) -> Origin:

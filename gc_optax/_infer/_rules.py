@@ -93,7 +93,8 @@ def origin_of_result(eqn: Any, ins: list[Origin], var: Any) -> Origin:
     """Where a result of an equation comes from."""
     rule = FORWARDS.get(eqn.primitive.name)
     origin = rule(eqn, ins, var) if rule else computed(ins, var)
-    return origin._replace(value=folded(eqn, [of_one.value for of_one in ins]))
+    met = origin.met or any(of_one.met for of_one in ins)
+    return origin._replace(value=folded(eqn, [of_one.value for of_one in ins]), met=met)
 
 
 def uses_of_arguments(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:

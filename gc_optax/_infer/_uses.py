@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .._axes import Role
 from ._origins import Sources
 from ._program import Shape
 
@@ -45,6 +46,7 @@ class Use(NamedTuple):
 
     # "kernel", contracted with data; "other", certainly no kernel; "term", scales data, and such products are
     # added up; "statistic", only a scale of it is used; "output", returned or an activation; "unclear".
+    # And "followed", beside "output": data that meet a weight later.
     how: str
     # For a reader, after the primitive that says so: "add: a bias, a scale or a gate".
     why: str = ""
@@ -62,6 +64,21 @@ class Use(NamedTuple):
     base: str = ""
     # Whether only a scale of a whole kernel is computed so, as a spectral norm is: other uses count more.
     weak: bool = False
+    # Where in the model the data meet it, for a kernel or a term: before other weights, behind, or between.
+    role: Role = ""
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether the array is a table."""
+        return self.how == "other" and LOOKUP in self.why
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether the data meet a weight in the array; what cannot be read may be one.
+
+        A term by itself, `x * scale` in `x * scale + bias`, is none. All of them together may be.
+        """
+        return self.how in ("kernel", "unclear") or self.is_lookup
 
     @property
     def op(self) -> str:
@@ -162,7 +179,8 @@ class Use(NamedTuple):
 
 Uses = frozenset[Use]
 NO_USES: Uses = frozenset()
-OUTPUT = Use("output")
+OUTPUT, FOLLOWED = Use("output"), Use("followed")
+LOOKUP = "a lookup table"
 
 
 def labeled(shape: Shape, labels: Iterable[Labels]) -> tuple[Dim, ...]:
@@ -223,11 +241,22 @@ def put_together(uses: Iterable[Use], shape: Shape) -> Uses:
     In `x @ jnp.stack([w[0], w[1], w[2]])` each `w[k]` is a piece of one row, and together they are all of
     `w`: dimension 0 is contracted. In `x @ w[:4] + z @ w[4:]` only a part of it is, each time.
     """
-    parts = collections.defaultdict[tuple[Use, tuple[int, ...]], set[Window]](set)
+    parts = collections.defaultdict[tuple[Use, tuple[int, ...]], set[tuple[Window, Role]]](set)
     for use in uses:
-        cut = tuple(dim for dim, _, _ in use.window)
-        parts[_enlarged(use, shape) if cut else use, cut].add(use.window)
-    return frozenset(_of_parts(use, cut, windows, shape) for (use, cut), windows in parts.items())
+        cut, alike = tuple(dim for dim, _, _ in use.window), use._replace(role="")
+        parts[_enlarged(alike, shape) if cut else alike, cut].add((use.window, use.role))
+    return frozenset(
+        _of_parts(use, cut, {window for window, _ in those}, shape)._replace(
+            role=common_role(role for _, role in those)
+        )
+        for (use, cut), those in parts.items()
+    )
+
+
+def common_role(roles: Iterable[Role]) -> Role:
+    """The role of a weight with several uses: what lies at the beginning and behind it too is hidden."""
+    different = set(roles)
+    return different.pop() if len(different) == 1 else "hidden"
 
 
 def _enlarged(use: Use, shape: Shape) -> Use:

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._axes import Role
 from ._origins import CONSTANT, Made, Origin, big, join, join_all
 from ._program import Shape, bodies_of, closed_over, indices, is_kind, is_literal, loop_of, opened, shape_of
 from ._rules import Step, Tape, absorbed, origin_of_result, uses_of_arguments
-from ._uses import BATCH, IN, NO_USES, NONE, OUT, OUTPUT, PART, Piece, Use, Uses, put_together
+from ._uses import BATCH, FOLLOWED, IN, NO_USES, NONE, OUT, OUTPUT, PART, Piece, Use, Uses, put_together
 
 LOOPS = ("scan", "while")
 EACH_BY_ITSELF = (
@@ -150,7 +151,7 @@ def _fits(use: Use, shape: Shape) -> bool:
 
 def _of_data(use: Use) -> Use:
     """The use of data: an output, whatever is done with it. What only scales a whole kernel is a weak one."""
-    if use.how == "output":
+    if use.how in ("output", "followed"):
         return use
     own = NONE.union(*(use.labels(dim) for dim in range(len(use.dims))))
     is_scale_of_kernel = use.how == "kernel" and use.spread >= IN | OUT and not own & (IN | OUT)
@@ -172,7 +173,26 @@ def _before(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
         return _bodies_back(step, uses, own or step.name.startswith("custom_"))
     if _is_each_by_itself(step.eqn):
         return list(uses)
-    return uses_of_arguments(step, uses)
+    return _with_roles(step, uses)
+
+
+def _with_roles(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
+    """The uses of the arguments of an equation, with the roles of the weights that meet the data in it.
+
+    In `tanh(x @ v) @ w` the data meet nothing after `w`: its role is `output`, and `tanh(x @ v)` is followed
+    by a weight. So when the reading comes to `x @ v`, that is followed, and `x` has met no weight before.
+    """
+    is_followed = any(FOLLOWED in of_one for of_one in uses)
+    found = [set(mine) for mine in uses_of_arguments(step, [of_one - {FOLLOWED} for of_one in uses])]
+    weights = [any(use.is_weight for use in mine) for mine in found]
+    for number, mine in enumerate(found):
+        is_first = not any(origin.met for n, origin in enumerate(step.ins) if n != number)
+        role: Role = "output" if not is_followed else "input" if is_first else "hidden"
+        new = {use for use in mine if not use.role and (use.is_weight or use.how == "term")}
+        found[number] = {*(mine - new), *(use._replace(role=role) for use in new)}
+        if is_followed or any(is_weight for n, is_weight in enumerate(weights) if n != number):
+            found[number].add(FOLLOWED)
+    return list(found)
 
 
 def _bodies_back(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:

@@ -45,7 +45,7 @@ def test_leaves_of_every_kind():
         return p["activation"](x @ p["w"]) * p["rate"] * p["scale"] + p["steps"].sum() + p["empty"].sum()
 
     axes = infer_axes(fn, params, x)
-    assert axes["w"] == WeightAxes((0,), (1,), "dot_general", "dot_general over axis 0")
+    assert axes["w"] == WeightAxes((0,), (1,), "dot_general", "dot_general over axis 0", "output")
     assert axes["none"] is None
     assert {name: axes[name].why for name in ("activation", "rate", "scale", "empty")} == {
         "activation": "no array",

@@ -25,12 +25,14 @@ class Case(NamedTuple):
         params: its parameters.
         args: its other arguments.
         fan_in: by path, the fan-in of every parameter that has one; all others are to be left alone.
+        roles: by path, the role of every weight and lookup table that is not hidden.
     """
 
     loss: Callable[..., Any]
     params: Any
     args: tuple[Any, ...]
     fan_in: dict[str, tuple[int, ...]]
+    roles: dict[str, str]
 
 
 def cross_entropy(logits, labels):
@@ -97,6 +99,7 @@ def resnet():
             "block2/shortcut/kernel": (0, 1, 2),
             "head/kernel": (0,),
         },
+        {"stem/kernel": "input", "head/kernel": "output"},
     )
 
 
@@ -169,6 +172,7 @@ def vision_transformer():
             **{f"block1/{path}": fan_in for path, fan_in in block.items()},
             "head/kernel": (0,),
         },
+        {"patches/kernel": "input", "head/kernel": "output"},
     )
 
 
@@ -233,6 +237,7 @@ def gpt():
             "blocks/up/kernel": (1,),
             "blocks/down/kernel": (1,),
         },
+        {"embedding/embedding": "lookup"},
     )
 
 
@@ -272,6 +277,7 @@ def lstm_tagger():
         params,
         (words, tags, lengths),
         {**dict.fromkeys(gates, (0,)), "head/kernel": (0,)},
+        {"embedding/embedding": "lookup", "head/kernel": "output"},
     )
 
 
@@ -325,6 +331,7 @@ def unet():
             "up1/conv/kernel": (0, 1, 2),
             "head/kernel": (0, 1, 2),
         },
+        {"down1/conv/kernel": "input", "head/kernel": "output"},
     )
 
 
@@ -400,6 +407,12 @@ def mixture_of_experts():
             "mixture/up": (1,),
             "mixture/down": (1,),
         },
+        # It has no layer in front or behind, and what the router says weighs what the experts have made.
+        {
+            **{f"attention/{name}/kernel": "input" for name in ("query", "key", "value")},
+            "mixture/router/kernel": "output",
+            "mixture/down": "output",
+        },
     )
 
 
@@ -448,6 +461,11 @@ def merged_lora():
             "out/a": (0, 1),
             **{f"{name}/b": (0,) for name in ins_and_outs},
         },
+        {
+            **{f"{name}/{side}": "input" for name in ("query", "key", "value") for side in "ab"},
+            "down/a": "output",
+            "down/b": "output",
+        },
     )
 
 
@@ -482,6 +500,7 @@ def unmerged_lora():
             "down/lora/lora_a": (0,),
             "down/lora/lora_b": (0,),
         },
+        {"up/lora/lora_a": "input", "down/lora/lora_b": "output"},
     )
 
 
@@ -552,6 +571,7 @@ def equinox_transformer():
             "blocks/mlp/layers/1/weight": (2,),
             "head/weight": (1,),
         },
+        {"embedding/weight": "lookup", "head/weight": "output"},
     )
 
 
@@ -598,6 +618,7 @@ def haiku_line_reader():
             "gru/w_h": (0,),
             "head/w": (0,),
         },
+        {"conv2_d/w": "input", "head/w": "output"},
     )
 
 
@@ -682,6 +703,12 @@ def test_the_axes_are_the_true_ones(case):
     axes = by_path(infer_axes(case.loss, case.params, *case.args))
     assert axes.keys() == by_path(case.params).keys()
     assert {path: leaf.fan_in for path, leaf in axes.items() if leaf.fan_in} == case.fan_in
+
+
+def test_the_roles_are_the_true_ones(case):
+    axes = by_path(infer_axes(case.loss, case.params, *case.args))
+    truth = dict.fromkeys(case.fan_in, "hidden") | case.roles
+    assert {path: leaf.role for path, leaf in axes.items() if leaf.role} == truth
 
 
 @pytest.mark.slow
