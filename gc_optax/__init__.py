@@ -7,6 +7,7 @@ from . import optimizers
 from ._axes import WeightAxes
 from ._centralize import centralize, centralize_gradients, centralized
 from ._conventions import conv_only, out_first, out_last
+from ._files import load_axes, save_axes
 from ._report import removed_fraction, summarize
 
 if TYPE_CHECKING:
@@ -30,10 +31,12 @@ __all__ = [
     "centralized",
     "conv_only",
     "infer_axes",
+    "load_axes",
     "optimizers",
     "out_first",
     "out_last",
     "removed_fraction",
+    "save_axes",
     "summarize",
 ]
 

@@ -189,7 +189,7 @@ def _settle_leaf(path: Path, leaf: Any, given: Any, keep: Any) -> WeightAxes:
     axes = _as_weight_axes(given, where)
     if not _as_bool(keep, where):
         return left_alone("masked out", op=axes.op)
-    axes = applicable(_in_range(axes, leaf, where), leaf)
+    axes = applicable(in_range(axes, leaf, where), leaf)
     if axes.fan_in and not is_known_to_jax(leaf.dtype):
         raise TypeError(f"{where}, is of dtype {leaf.dtype}, which JAX does not have")
     return axes
@@ -235,7 +235,7 @@ def _axis_tuple(given: Any, where: str) -> tuple[int, ...]:
     return tuple(map(operator.index, axes))
 
 
-def _in_range(axes: WeightAxes, leaf: Any, where: str) -> WeightAxes:
+def in_range(axes: WeightAxes, leaf: Any, where: str) -> WeightAxes:
     """The same axes counted from the front, or an error where `leaf` does not have them."""
     rank = len(leaf.shape) if is_array_like(leaf) else 0
     if axes.rank not in (None, rank):

@@ -16,14 +16,14 @@ _MOST_CHILDREN = 8
 _LIBRARIES = ("gc_optax", "optax", "jax", "flax", "contextlib", "equinox")
 
 
-def place(path: Path, leaf: Any) -> str:
+def place(path: Path | str, leaf: Any) -> str:
     """Which leaf an error message is about: "['Dense_0']['kernel'], shape (3, 4)"."""
     return f"{at(path)}, shape {leaf.shape}" if is_array_like(leaf) else at(path)
 
 
-def at(path: Path) -> str:
+def at(path: Path | str) -> str:
     """A path as one types it in Python: "['Dense_0']['kernel']". Of a very long one, both ends."""
-    return shortened(jtu.keystr(path) or "the root")
+    return shortened((path if isinstance(path, str) else jtu.keystr(path)) or "the root")
 
 
 def path_text(path: Path) -> str:
