@@ -180,8 +180,7 @@ def branches(p, x):
 def products_entry_by_entry(p, x):
     h = jnp.sum(x[:, :, None] * p["a"], axis=1)
     h = jnp.sum(jnp.tanh(h)[:, :, None] * p["b"], axis=1)
-    h = jnp.pad(jnp.tanh(h), ((0, 5), (0, 0)))
-    return sum(h[start : start + 4] * p["c"][start] for start in range(6)) @ p["d"]
+    return taps(p["c"], jnp.tanh(h)) @ p["d"]
 
 
 @case(style="input", a="input", b="hidden", c="output")
@@ -216,6 +215,18 @@ def a_gate_that_weighs_experts(p, x):
 @pytest.mark.parametrize(("fn", "truth"), CASES.values(), ids=CASES)
 def test_the_role_of_every_weight(fn, truth):
     assert roles(fn, dict.fromkeys(truth, SQUARE), X) == truth
+
+
+def taps(w, h):
+    h = jnp.pad(h, ((0, 5), (0, 0)))
+    return sum(h[start : start + 4] * w[start] for start in range(6))
+
+
+def test_to_its_neighbours_a_convolution_tap_by_tap_is_no_weight():
+    def between(p, x):
+        return taps(p["b"], jnp.tanh(taps(p["a"], x) @ p["c"]))
+
+    assert roles(between, dict.fromkeys("abc", SQUARE), X) == {"a": "input", "b": "output", "c": "output"}
 
 
 # The same where the function closes over its batch.
