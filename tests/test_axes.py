@@ -17,6 +17,11 @@ def test_weight_axes_are_one_leaf_and_compare_by_value():
     assert hash(axes) == hash(WeightAxes((0,), (1,), "dot_general", "because"))
     with pytest.raises(AttributeError):
         axes.fan_in = (1,)
+    # What it knows of the rank is no part of what one types to make it.
+    read = gc_optax.out_last(jnp.ones((3, 2)))
+    assert read.rank == 2
+    assert eval(repr(read)) == read
+    assert "rank" not in repr(read)
 
 
 @pytest.mark.parametrize("bad", [0, [0], ("0",), (0.0,), (True,), None])

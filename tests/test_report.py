@@ -211,6 +211,7 @@ def test_summarize_takes_numbers_at_the_end_of_a_name_for_indices():
         (range(1, 24, 2), "{1,3..23}"),
         ([0, 1, 2, 5, 6, 7, 9], "{0..2,5..7,9}"),
         ([3, 10], "{3,10}"),
+        ([0, 2, 4], "{0,2,4}"),
     ],
 )
 def test_summarize_counts_indices_as_a_reader_does(numbers, shown):

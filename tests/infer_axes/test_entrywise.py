@@ -325,6 +325,9 @@ def scaled_activation(x, gate):
 OTHER_ARRAYS = {
     "two calls of one function": lambda w, x, y: scaled_activation(x, w[0]) + scaled_activation(y, w[1]),
     "two powers": lambda w, x, y: x**2 * w[0] + x**3 * w[1],
+    "two rows, of two arrays each": lambda w, x, y: (
+        jnp.concatenate([x, y]) * w[0] + jnp.concatenate([y, x]) * w[1]
+    ),
     "two roundings": lambda w, x, y: x.astype(jnp.float16).astype(jnp.float32) * w[0] + x * w[1],
 }
 
