@@ -7,6 +7,7 @@ from . import optimizers
 from ._axes import WeightAxes
 from ._centralize import centralize, centralize_gradients, centralized
 from ._conventions import conv_only, out_first, out_last
+from ._masks import decay_mask
 from ._report import removed_fraction, summarize
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "centralize_gradients",
     "centralized",
     "conv_only",
+    "decay_mask",
     "infer_axes",
     "optimizers",
     "out_first",
