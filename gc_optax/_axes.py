@@ -283,8 +283,8 @@ class WeightAxes:
             return axis
         raise ValueError(
             f"with_batch_axes: which axis {describe_leaf(axis)} is cannot be told from "
-            f"{shortened(f'fan_in {self.fan_in}, fan_out {self.fan_out}')}: count it from the same end as they "
-            "do, and leave it out where it is in neither, for then it is a batch axis already"
+            f"{shortened(f'fan_in {self.fan_in}, fan_out {self.fan_out}')}: count it from the same end as "
+            "they do, and leave it out where it is in neither, for then it is a batch axis already"
         )
 
 
