@@ -83,7 +83,7 @@ def test_one_tree_of_axes_for_centralization_and_for_muon():
 @functools.partial(jax.jit, static_argnums=1)
 def muon_step(gradient, numbers):
     """One step of Muon for one parameter."""
-    muon = optax.contrib.muon(1.0, muon_weight_dimension_numbers={"w": numbers})
+    muon = optax.contrib.muon(1.0, ns_steps=2, muon_weight_dimension_numbers={"w": numbers})
     params = {"w": jnp.ones_like(gradient)}
     return muon.update({"w": gradient}, muon.init(params), params)[0]["w"]
 
