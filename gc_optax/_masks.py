@@ -34,8 +34,8 @@ def decay_mask(axes: Axes, *, lookups: bool = False) -> PyTree:
     and in a stack of layers every bias and every scale.
 
     The mask is for `mask` of `optax.adamw`, `optax.add_decayed_weights` and `optax.masked`, and for
-    `weight_decay_mask` of `optax.contrib.muon` (whose `adam_weight_decay` takes no mask: it decays all that is
-    left to Adam).
+    `weight_decay_mask` of `optax.contrib.muon` (whose `adam_weight_decay` takes no mask: it decays all that
+    is left to Adam).
 
     A kernel with a fan-in of one is a weight too: `centralize` leaves it alone, and weight decay does not.
     What `infer_axes` could not read is not decayed, and `infer_axes` has warned of it. `conv_only` leaves

@@ -343,9 +343,9 @@ def test_out_first_and_what_infer_axes_cannot_read():
     assert decay_mask(out_first)([jnp.ones((3, 2)), jnp.ones(3)]) == [True, False]
 
     def loss(params, x):
-        return jnp.sum((x @ params["kernel"]) * jnp.sort(params["unclear"], axis=1).max(1))
+        return jnp.sum(x @ params["kernel"]), (x[:, :, None] * params["unclear"]).sum((1, 2))
 
-    params = {"unclear": jnp.ones((4, 2)), "kernel": jnp.ones((6, 4))}
+    params = {"unclear": jnp.ones((6, 3)), "kernel": jnp.ones((6, 2))}
     with pytest.warns(UserWarning, match=r"\['unclear'\]"):
         axes = infer_axes(loss, params, x[0])
     assert decay_mask(axes) == {"unclear": False, "kernel": True}
