@@ -40,7 +40,11 @@ def pytest_report_header():
 
 
 # What these docstrings show is newer than the oldest version that gc_optax itself runs with.
-SHOWN_SINCE = {"gc_optax._report.removed_fraction": "optax>=0.2.7", "gc_optax.nnx.infer_axes": "flax>=0.12.7"}
+SHOWN_SINCE = {
+    "gc_optax._axes.WeightAxes.to_galore": "optax>=0.2.7",
+    "gc_optax._report.removed_fraction": "optax>=0.2.7",
+    "gc_optax.nnx.infer_axes": "flax>=0.12.7",
+}
 
 
 def pytest_collection_modifyitems(items):

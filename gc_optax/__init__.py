@@ -8,6 +8,7 @@ from ._axes import WeightAxes
 from ._centralize import centralize, centralize_gradients, centralized
 from ._conventions import conv_only, out_first, out_last
 from ._files import load_axes, save_axes
+from ._masks import decay_mask
 from ._report import removed_fraction, summarize
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "centralize_gradients",
     "centralized",
     "conv_only",
+    "decay_mask",
     "infer_axes",
     "load_axes",
     "optimizers",

@@ -105,33 +105,91 @@ class WeightAxes:
         """Whether it is contracted with data, whatever its fan-in: a table that data index into is none."""
         return bool(self.fan_in) or self.role in ("input", "hidden", "output", "weight")
 
+    def with_batch_axes(self, *axes: int) -> "WeightAxes":
+        """The same axes, but with the given ones as batch axes: "this axis counts matrices".
+
+        An axis that a weight shares with its data and with its output is a batch axis, and an axis that it
+        shares with its output alone is fan-out. So for experts it depends on the product: in
+        `btef,efd->bted` the axis e is a batch axis, and in `btd,edf->btef`, where every expert sees the same
+        data, it is fan-out. `centralize` does the same with both. `to_muon` does not: there the first are
+        e matrices (f, d), and the second are one matrix (d, e * f). `with_batch_axes(0)` makes them e
+        matrices (d, f). Likewise for query, key and value in one array of shape (embed, 3, heads, head_dim):
+        one matrix (embed, 3 * heads * head_dim), and with `with_batch_axes(1)` three.
+
+        Without an axis of `fan_in`, `centralize` averages over the inputs that are left, so that each index
+        along the axis has a mean of its own; without any, it leaves the parameter alone. Without an axis of
+        `fan_out` it does what it did.
+
+        Args:
+            *axes: the axes. What is a batch axis already stays one, and a parameter that has neither fan-in
+                nor fan-out stays as it is. Negative axes count from the end; where the rank is not known,
+                count as `fan_in` and `fan_out` do.
+
+        Returns:
+            The axes, with `op`, `why`, `role` and `rank` as they are. Where no fan-in is left, a weight
+            without a role gets the role `"weight"`.
+
+        Raises:
+            TypeError: if an axis is not an int.
+            ValueError: if an axis is repeated, or is not one of the parameter's as far as it is known.
+
+        Example:
+            >>> from gc_optax import WeightAxes
+            >>> experts = WeightAxes(fan_in=(1,), fan_out=(0, 2))
+            >>> experts.to_muon()
+            MuonDimensionNumbers(reduction_axis=(1,), output_axis=(0, 2))
+            >>> experts.with_batch_axes(0).to_muon()
+            MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+        """
+        if not all(map(is_axis, axes)):
+            raise TypeError(f"with_batch_axes takes ints, got {describe_leaf(axes)}")
+        if not (self.fan_in or self.fan_out):
+            return self
+        batch = [self._counted(axis) for axis in axes]
+        if len(set(batch)) < len(batch):
+            raise ValueError(f"with_batch_axes: an axis is repeated in {describe_leaf(axes)}; name it once")
+        fan_in, fan_out = (
+            tuple(axis for axis in group if self._counted(axis) not in batch)
+            for group in (self.fan_in, self.fan_out)
+        )
+        # Without fan-in, nothing but the role says that this is a weight.
+        role = self.role or "weight" if self.fan_in and not fan_in else self.role
+        return _of_rank(dataclasses.replace(self, fan_in=fan_in, fan_out=fan_out, role=role), self.rank)
+
     def to_muon(self) -> optax.contrib.MuonDimensionNumbers | None:
         """The same axes for `optax.contrib.muon`, which orthogonalizes the matrix that they make.
 
-        The axes in neither `fan_in` nor `fan_out` are batch axes there too: each layer of a stack is a
-        matrix of its own.
+        All axes of `fan_in` together are the rows of the matrix, and all of `fan_out` its columns. The axes
+        in neither are batch axes there too: each layer of a stack is a matrix of its own. Experts that all
+        see the same data (`btd,edf->btef`), and query, key and value in one array, are one wide matrix;
+        `with_batch_axes` makes them one each, and has the rule.
 
         Returns:
             `MuonDimensionNumbers(fan_in, fan_out)`, or `None`, which leaves the parameter to Adam, where
             there is no matrix: where `fan_in` or `fan_out` is empty.
 
         Example:
-            One tree of axes for both:
+            Muon is for the weights between the first and the last. The others have a role that says so:
 
-            >>> import gc_optax
             >>> import jax
             >>> import jax.numpy as jnp
             >>> import optax
-            >>> def loss(params, x):
-            ...     return jnp.sum(jnp.einsum("eti,eio->eto", x, params["experts"]) + params["bias"])
-            >>> params = {"experts": jnp.ones((2, 4, 8)), "bias": jnp.zeros((8,))}
-            >>> axes = gc_optax.infer_axes(loss, params, jnp.ones((2, 3, 4)))
-            >>> matrices = jax.tree.map(gc_optax.WeightAxes.to_muon, axes)
-            >>> matrices
-            {'bias': None, 'experts': MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))}
-            >>> muon = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=matrices)
-            >>> optimizer = optax.chain(gc_optax.centralize(axes), muon)
-            >>> state = optimizer.init(params)
+            >>> from gc_optax import WeightAxes
+            >>> axes = {
+            ...     "embed": WeightAxes((), role="lookup"),
+            ...     "experts": WeightAxes((1,), (2,), role="hidden"),
+            ...     "bias": WeightAxes(()),
+            ...     "head": WeightAxes((0,), (1,), role="output"),
+            ... }
+            >>> matrices = jax.tree.map(lambda a: a.to_muon() if a.role == "hidden" else None, axes)
+            >>> matrices["experts"]
+            MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+            >>> optimizer = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=matrices)
+            >>> shapes = {"embed": (9, 4), "experts": (2, 4, 4), "bias": (4,), "head": (4, 9)}
+            >>> state = optimizer.init({name: jnp.ones(shape) for name, shape in shapes.items()})
+
+            `infer_axes` reads such a tree off the model, the roles included. A convention knows no roles but
+            `"weight"` and `"lookup"`; `jax.tree.map(WeightAxes.to_muon, axes)` takes all matrices.
 
         References:
             Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
@@ -140,6 +198,94 @@ class WeightAxes:
         if not (self.fan_in and self.fan_out):
             return None
         return optax.contrib.MuonDimensionNumbers(self.fan_in, self.fan_out)
+
+    def to_galore(self) -> "optax.contrib.GaLoreDimensionNumbers | None":
+        """The same axes for `optax.contrib.galore`, which projects the gradient of the matrix that they make.
+
+        GaLore of optax takes a parameter for a single matrix, and refuses one that is a stack of them. So a
+        parameter with batch axes is left to Adam in full rank, which takes its full memory: in a model with
+        scanned layers that is all of the layers. The example has what to do instead. Batch axes are found
+        where the rank is known, as in what `infer_axes` returns, and where the axes show them: axis 0 of
+        `WeightAxes((1,), (2,))`. Where there is neither, as in `WeightAxes((0,), (1,))` for a parameter with
+        a third axis, `galore` raises a `ValueError`.
+
+        Returns:
+            `GaLoreDimensionNumbers(fan_in, fan_out)`, or `None`, which leaves the parameter to Adam, where
+            there is no single matrix: where `fan_in` or `fan_out` is empty, or there are batch axes.
+
+        Raises:
+            ImportError: if optax is older than 0.2.7, which was the first to have `GaLoreDimensionNumbers`.
+
+        Example:
+            An attention kernel of shape (embed, heads, head_dim) is a matrix (embed, heads * head_dim):
+
+            >>> import jax
+            >>> import jax.numpy as jnp
+            >>> import optax
+            >>> from gc_optax import WeightAxes
+            >>> query = WeightAxes((0,), (1, 2))
+            >>> query.to_galore()
+            GaLoreDimensionNumbers(reduction_axis=(0,), output_axis=(1, 2))
+            >>> optimizer = optax.contrib.galore(1e-2, rank=2, weight_dimension_numbers=query.to_galore())
+            >>> state = optimizer.init(jnp.ones((8, 2, 4)))
+
+            For a stack of three of them, map the optimizer of one over the stack. What it counts, the steps,
+            has no axis to map over, and must not get one: the singular value decomposition would be computed
+            at every step, not at one in 200.
+
+            >>> print(WeightAxes((1,), (2, 3)).to_galore())
+            None
+            >>> stack = jnp.ones((3, 8, 2, 4))
+            >>> one = jax.eval_shape(optimizer.init, stack[0])
+            >>> mapped = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, one)
+            >>> state = jax.vmap(optimizer.init, out_axes=mapped)(stack)
+            >>> update = jax.vmap(optimizer.update, in_axes=(0, mapped, 0), out_axes=(0, mapped))
+            >>> gradients = jnp.arange(192.0).reshape(stack.shape)
+            >>> updates, state = update(gradients, state, stack)
+
+        References:
+            Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", ICML 2024,
+            https://arxiv.org/abs/2403.03507
+        """
+        if not (self.fan_in and self.fan_out):
+            return None
+        if self._least_rank() > len(self.fan_in + self.fan_out):
+            return None
+        if not hasattr(optax.contrib, "GaLoreDimensionNumbers"):
+            raise ImportError(
+                f"WeightAxes.to_galore needs optax.contrib.GaLoreDimensionNumbers, which optax has since "
+                f"0.2.7; optax {optax.__version__} is installed: pip install --upgrade optax"
+            )
+        return optax.contrib.GaLoreDimensionNumbers(self.fan_in, self.fan_out)
+
+    def _least_rank(self) -> int:
+        """How many axes the parameter has, or where that is not known, has at least: 3 for `(1,), (-3,)`."""
+        if self.rank is not None:
+            return self.rank
+        return max(-axis if axis < 0 else axis + 1 for axis in self.fan_in + self.fan_out)
+
+    def _counted(self, axis: int) -> int:
+        """An axis as `fan_in` and `fan_out` count theirs, or an error where it is not known to be there.
+
+        The rank of `WeightAxes((1,), (2,))` is not known: axis 0 is there, but of 3 and -4 nobody knows, and
+        not which axis -1 is.
+        """
+        rank, named = self._least_rank(), self.fan_in + self.fan_out
+        is_there = -rank <= axis < rank
+        if self.rank is not None:
+            if not is_there:
+                raise ValueError(
+                    f"with_batch_axes: axis {describe_leaf(axis)} is out of range for rank {rank}: "
+                    f"name one of 0 to {rank - 1}"
+                )
+            return axis % rank
+        if axis in named or (is_there and all((axis < 0) == (other < 0) for other in named)):
+            return axis
+        raise ValueError(
+            f"with_batch_axes: which axis {describe_leaf(axis)} is cannot be told from "
+            f"{shortened(f'fan_in {self.fan_in}, fan_out {self.fan_out}')}: count it from the same end as "
+            "they do, and leave it out where it is in neither, for then it is a batch axis already"
+        )
 
 
 NOTHING_LEFT = "nothing would be left of the gradient"
@@ -171,10 +317,13 @@ def applicable(axes: WeightAxes, leaf: Any) -> WeightAxes:
 def read_from(leaf: Any, axes: WeightAxes) -> WeightAxes:
     """`axes` that were read from `leaf`, where they are applicable: they know its rank."""
     known = applicable(axes, leaf)
-    if not known.fan_in:
-        return known
-    known = dataclasses.replace(known)
-    object.__setattr__(known, "rank", len(leaf.shape))
+    return _of_rank(known, len(leaf.shape)) if known.fan_in else known
+
+
+def _of_rank(axes: WeightAxes, rank: int | None) -> WeightAxes:
+    """A copy of `axes` that knows the rank of the parameter."""
+    known = dataclasses.replace(axes)
+    object.__setattr__(known, "rank", rank)
     return known
 
 

@@ -115,7 +115,7 @@ def match(role: str, tree: PyTree, params: PyTree, *, prefix: bool) -> list[tupl
     matched: list[tuple[Path, Any, Any]] = []
 
     def walk(path: Path, node: Any, entry: Any) -> None:
-        node, entry = _unboxed(node), _unboxed(entry)
+        node, entry = unboxed(node), unboxed(entry)
         if is_absent(node) or jtu.all_leaves([node]):
             matched.append((path, node, entry))
             return
@@ -171,7 +171,7 @@ def _mend_of_a_name(given: str) -> str:
     return f". A convention is a function: gc_optax.{given}" if is_ours else ""
 
 
-def _unboxed(node: Any) -> Any:
+def unboxed(node: Any) -> Any:
     """What a box (an NNX variable, a `Partitioned` array) holds in its attribute `value`."""
     while not jtu.all_leaves([node]):
         children, _ = children_of(node)
@@ -186,7 +186,7 @@ def _settle_leaf(path: Path, leaf: Any, given: Any, keep: Any) -> WeightAxes:
     if is_absent(leaf):
         return left_alone("absent")
     where = place(path, leaf)
-    axes = _as_weight_axes(given, where)
+    axes = as_weight_axes(given, where)
     if not _as_bool(keep, where):
         return left_alone("masked out", op=axes.op)
     axes = applicable(in_range(axes, leaf, where), leaf)
@@ -205,7 +205,7 @@ def require_arrays(gradients: PyTree, settled: list[WeightAxes]) -> None:
             raise TypeError(f"the gradient of {at(path)} must be an array, got a {type_name(leaf)}")
 
 
-def _as_weight_axes(given: Any, where: str) -> WeightAxes:
+def as_weight_axes(given: Any, where: str) -> WeightAxes:
     """A leaf of the user's axes as a `WeightAxes`: 0 is `WeightAxes(fan_in=(0,))`."""
     if isinstance(given, WeightAxes):
         return given

@@ -51,7 +51,8 @@ def infer_axes(
         >>> import optax
         >>> from flax import nnx
         >>> rngs = nnx.Rngs(0)
-        >>> model = nnx.Sequential(nnx.Linear(8, 32, rngs=rngs), nnx.relu, nnx.Linear(32, 1, rngs=rngs))
+        >>> first, hidden, last = (nnx.Linear(*sizes, rngs=rngs) for sizes in ((8, 32), (32, 32), (32, 1)))
+        >>> model = nnx.Sequential(first, nnx.relu, hidden, nnx.relu, last)
         >>> x, y = jnp.ones((4, 8)), jnp.ones((4, 1))
         >>> def loss(model, x, y):
         ...     return jnp.mean((model(x) - y) ** 2)
@@ -65,14 +66,14 @@ def infer_axes(
         For a table of them:
 
         >>> print(gc_optax.summarize(nnx.state(model, nnx.Param), axes).splitlines()[-1])
-        2 of 4 parameters are centralized: 288 of 321 entries, in 33 weight vectors.
+        3 of 6 parameters are centralized: 1,312 of 1,377 entries, in 65 weight vectors.
 
-        Muon takes them without the variables around them:
+        Muon takes them without the variables around them, and is for what lies between the first weight and
+        the last:
 
-        >>> matrices = jax.tree.map(gc_optax.WeightAxes.to_muon, nnx.as_pure(axes))
+        >>> matrices = jax.tree.map(lambda a: a.to_muon() if a.role == "hidden" else None, nnx.as_pure(axes))
         >>> muon = optax.contrib.muon(1e-2, muon_weight_dimension_numbers=matrices)
-        >>> tx = optax.chain(gc_optax.centralize(axes), muon)
-        >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        >>> optimizer = nnx.Optimizer(model, muon, wrt=nnx.Param)
         >>> updates = optimizer.update(model, nnx.grad(loss)(model, x, y))
 
     References:

@@ -1,5 +1,8 @@
 """What each axis of a parameter means, and what it converts to."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,3 +80,275 @@ def test_one_tree_of_axes_for_centralization_and_for_muon():
     gradients = jax.grad(loss)(params, x)
     by_axes, by_numbers = (centralize_gradients(gradients, tree) for tree in (axes, matrices))
     assert jax.tree.all(jax.tree.map(np.array_equal, by_axes, by_numbers))
+
+
+# Experts, and other axes that count matrices
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def muon_step(gradient, numbers):
+    """One step of Muon for one parameter."""
+    muon = optax.contrib.muon(1.0, ns_steps=2, muon_weight_dimension_numbers={"w": numbers})
+    params = {"w": jnp.ones_like(gradient)}
+    return muon.update({"w": gradient}, muon.init(params), params)[0]["w"]
+
+
+def test_an_expert_axis_that_the_data_lack_is_fan_out_until_it_is_said_to_count_matrices():
+    def loss(params, x):
+        h = jnp.einsum("btd,edf->btef", x, params["up"])
+        return jnp.sum(jnp.einsum("btef,efd->bted", h, params["down"]) ** 2)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"up": jax.random.normal(keys[0], (3, 4, 6)), "down": jax.random.normal(keys[1], (3, 6, 4))}
+    x = jax.random.normal(keys[2], (2, 5, 4))
+    axes = gc_optax.infer_axes(loss, params, x)
+    assert (axes["up"].fan_in, axes["up"].fan_out) == ((1,), (0, 2))
+    assert (axes["down"].fan_in, axes["down"].fan_out) == ((1,), (2,))
+    each = jax.tree.map(lambda leaf: leaf.with_batch_axes(0), axes)
+    gradients = jax.grad(loss)(params, x)
+    for name, gradient in gradients.items():
+        assert (each[name].fan_in, each[name].fan_out) == ((1,), (2,))
+        matrix = WeightAxes((0,), (1,)).to_muon()
+        one_each = jnp.stack([muon_step(expert, matrix) for expert in gradient])
+        np.testing.assert_allclose(muon_step(gradient, each[name].to_muon()), one_each, atol=1e-5)
+    together = muon_step(gradients["up"], axes["up"].to_muon())
+    wide = muon_step(jnp.moveaxis(gradients["up"], 1, 0).reshape(4, -1), WeightAxes((0,), (1,)).to_muon())
+    np.testing.assert_allclose(together, jnp.moveaxis(wide.reshape(4, 3, 6), 0, 1), atol=1e-5)
+    assert np.abs(together - muon_step(gradients["up"], each["up"].to_muon())).max() > 0.05
+    # To centralization an axis of fan-out and a batch axis are the same.
+    by_axes, by_each = (centralize_gradients(gradients, tree) for tree in (axes, each))
+    assert jax.tree.all(jax.tree.map(np.array_equal, by_axes, by_each))
+
+
+def test_query_key_and_value_in_one_array_are_three_matrices_where_that_is_said():
+    def loss(kernel, x):
+        query, key, value = jnp.moveaxis(jnp.einsum("btd,dchk->btchk", x, kernel), 2, 0)
+        return jnp.sum(query * jnp.tanh(key) * value**2)
+
+    kernel = jax.random.normal(jax.random.key(0), (4, 3, 2, 5))
+    axes = gc_optax.infer_axes(loss, kernel, jnp.ones((2, 6, 4)))
+    assert (axes.fan_in, axes.fan_out) == ((0,), (1, 2, 3))
+    numbers = axes.with_batch_axes(1).to_muon()
+    assert numbers == optax.contrib.MuonDimensionNumbers((0,), (2, 3))
+    alone = WeightAxes((0,), (1, 2)).to_muon()
+    one_each = jnp.stack([muon_step(kernel[:, part], alone) for part in range(3)], axis=1)
+    np.testing.assert_allclose(muon_step(kernel, numbers), one_each, atol=1e-5)
+    assert np.abs(muon_step(kernel, axes.to_muon()) - one_each).max() > 0.05
+
+
+def test_a_batch_axis_taken_out_of_the_fan_in_has_a_mean_of_its_own():
+    axes = WeightAxes((0, 1), (2,)).with_batch_axes(1)
+    assert axes == WeightAxes((0,), (2,))
+    gradient = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    projected = centralize_gradients(gradient, axes)
+    np.testing.assert_allclose(projected, gradient - gradient.mean(0, keepdims=True), atol=1e-6)
+    # With no fan-in left the parameter is left alone, and is a weight for weight decay all the same.
+    alone = WeightAxes((0,), (1,)).with_batch_axes(-0)
+    assert alone == WeightAxes((), (1,), role="weight")
+    assert alone.is_weight
+    assert WeightAxes((0,), role="hidden").with_batch_axes(0).role == "hidden"
+
+
+def read_from(*shape):
+    """The axes of a kernel that know its rank: the last is fan-out, the others fan-in."""
+    return gc_optax.out_last({"kernel": jnp.ones(shape)})["kernel"]
+
+
+def test_what_is_said_of_a_parameter_stays():
+    axes = dataclasses.replace(read_from(2, 3, 4), role="hidden")
+    object.__setattr__(axes, "rank", 3)
+    changed = axes.with_batch_axes(-3)
+    assert (changed.fan_in, changed.fan_out, changed.rank) == ((1,), (2,), 3)
+    assert (changed.role, changed.why, changed.op) == ("hidden", axes.why, axes.op)
+    assert (axes.fan_in, axes.rank) == ((0, 1), 3)
+    with pytest.raises(ValueError, match="they were read from a parameter of rank 3"):
+        centralize(changed).init(jnp.ones((5, 2, 3, 4)))
+    assert WeightAxes((0, 1), (2,)).with_batch_axes(0).rank is None
+
+
+@pytest.mark.parametrize(
+    ("axes", "batch", "expected"),
+    [
+        (read_from(2, 3, 4), (-3, 1), ((), (2,))),
+        (read_from(2, 3, 4), (np.int64(0),), ((1,), (2,))),
+        (WeightAxes((1,), (2,)), (0,), ((1,), (2,))),  # a batch axis already
+        (WeightAxes((-3,), (-1,)), (-2,), ((-3,), (-1,))),
+        (WeightAxes((-2,), (-1,)), (-1,), ((-2,), ())),
+        (WeightAxes((0,), (-1,)), (-1,), ((0,), ())),  # as it is written
+        (WeightAxes((0, 1), (2,)), (), ((0, 1), (2,))),
+        (WeightAxes(()), (0,), ((), ())),  # a bias among the parameters of the experts
+    ],
+)
+def test_batch_axes_count_from_either_end_where_it_is_known_what_they_are(axes, batch, expected):
+    changed = axes.with_batch_axes(*batch)
+    assert (changed.fan_in, changed.fan_out) == expected
+
+
+@pytest.mark.parametrize(
+    ("axes", "batch", "error", "message"),
+    [
+        (read_from(2, 3, 4), (3,), ValueError, "axis 3 is out of range for rank 3: name one of 0 to 2"),
+        (read_from(2, 3, 4), (-4,), ValueError, "axis -4 is out of range for rank 3"),
+        (read_from(2, 3, 4), (0, -3), ValueError, r"an axis is repeated in \(0, -3\); name it once"),
+        (WeightAxes((1,), (2,)), (1, 1), ValueError, r"repeated in \(1, 1\)"),
+        (
+            WeightAxes((1,), (2,)),
+            (-1,),
+            ValueError,
+            r"axis -1 is cannot be told from fan_in \(1,\), fan_out \(2,\): count it from the same end",
+        ),
+        (WeightAxes((1,), (2,)), (3,), ValueError, "leave it out where it is in neither"),
+        (WeightAxes((-2,), (-1,)), (0,), ValueError, "axis 0 is cannot be told"),
+        (WeightAxes((-2,), (-1,)), (-3,), ValueError, "axis -3 is cannot be told"),
+        (WeightAxes((-3,), (2,)), (0,), ValueError, "axis 0 is cannot be told"),  # -3 may be axis 0
+        (WeightAxes((1,), (2,)), ((0,),), TypeError, r"with_batch_axes takes ints, got \(\(0,\),\)"),
+        (WeightAxes((1,), (2,)), (True,), TypeError, r"takes ints, got \(True,\)"),
+    ],
+)
+def test_batch_axes_that_a_parameter_is_not_known_to_have_are_refused(axes, batch, error, message):
+    with pytest.raises(error, match=message):
+        axes.with_batch_axes(*batch)
+
+
+# GaLore
+
+needs_galore = pytest.mark.skipif(
+    not hasattr(optax.contrib, "GaLoreDimensionNumbers"), reason="optax has it since 0.2.7"
+)
+
+
+def galore(numbers, **options):
+    return optax.contrib.galore(0.1, rank=3, weight_dimension_numbers=numbers, **options)
+
+
+def trained(optimizer, gradients, params):
+    """The parameters after one step for each of `gradients`."""
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@needs_galore
+def test_axes_convert_to_those_of_galore_where_there_is_a_single_matrix():
+    numbers = optax.contrib.GaLoreDimensionNumbers
+    assert WeightAxes((0,), (1,)).to_galore() == numbers((0,), (1,))
+    assert WeightAxes((-3,), (-2, -1)).to_galore() == numbers((-3,), (-2, -1))
+    assert read_from(2, 3, 4).to_galore() == numbers((0, 1), (2,))
+    assert WeightAxes((), (0, 1)).to_galore() is None
+    assert WeightAxes((0, 1)).to_galore() is None
+
+
+@needs_galore
+def test_galore_leaves_to_adam_what_has_batch_axes():
+    assert WeightAxes((1,), (2,)).to_galore() is None
+    assert WeightAxes((-3,), (-1,)).to_galore() is None
+    known = read_from(2, 3, 4).with_batch_axes(0)
+    assert known.to_galore() is None
+    assert WeightAxes((0,), (1,)).to_galore() is not None
+    layers_last = gc_optax.infer_axes(
+        lambda w, x: jnp.einsum("bi,iol->bol", x, w).prod(-1).sum(), jnp.ones((4, 6, 3)), jnp.ones((2, 4))
+    ).with_batch_axes(2)
+    assert (layers_last.fan_in, layers_last.fan_out, layers_last.to_galore()) == ((0,), (1,), None)
+    # Adam in full rank, with a step that does not depend on the size of the gradient.
+    params, gradients = normal(0, 3, 8, 6), [normal(seed, 3, 8, 6) for seed in (1, 2)]
+    by_galore = trained(galore({"w": known.to_galore()}), [{"w": g} for g in gradients], {"w": params})["w"]
+    np.testing.assert_allclose(by_galore, trained(optax.adam(0.1), gradients, params), atol=1e-6)
+    # Without a rank nothing shows the third axis, and optax says so.
+    with pytest.raises(ValueError, match="All axes must be specified"):
+        galore(WeightAxes((0,), (1,)).to_galore()).init(jnp.ones((4, 6, 3)))
+
+
+@needs_galore
+@pytest.mark.parametrize(
+    ("shape", "fan_in", "fan_out"),
+    [((8, 2, 5), (0,), (1, 2)), ((2, 4, 6), (0, 1), (2,)), ((6, 8), (1,), (0,))],
+    ids=["query", "out", "out first"],
+)
+def test_galore_of_a_kernel_is_galore_of_its_matrix(shape, fan_in, fan_out):
+    axes = WeightAxes(fan_in, fan_out)
+
+    def matrix(array):
+        return jnp.transpose(array, fan_in + fan_out).reshape(np.prod([shape[axis] for axis in fan_in]), -1)
+
+    params, gradients = normal(0, *shape), [normal(seed, *shape) for seed in range(1, 5)]
+    plain = trained(galore(None, update_proj_gap=2), map(matrix, gradients), matrix(params))
+    ours = trained(galore(axes.to_galore(), update_proj_gap=2), gradients, params)
+    np.testing.assert_allclose(matrix(ours), plain, atol=1e-5)
+    # The gradient of a step has rank 3 and the whole matrix.
+    first = trained(galore(axes.to_galore()), gradients[:1], params) - params
+    assert np.linalg.matrix_rank(np.asarray(matrix(first), np.float64), tol=1e-4) == 3
+
+
+def galore_of_numpy(gradients, params, rank, learning_rate, every):
+    """GaLore with Adam for one matrix with at least as many rows as columns, in float64."""
+    params = np.asarray(params, np.float64)
+    first = second = 0
+    for step, gradient in enumerate(np.asarray(gradients, np.float64)):
+        if step % every == 0:
+            projector = np.linalg.svd(gradient, full_matrices=False)[0][:, :rank]
+        low = projector.T @ gradient
+        first, second = 0.9 * first + 0.1 * low, 0.999 * second + 0.001 * low**2
+        corrected = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+        params = params - learning_rate * projector @ (corrected[0] / (np.sqrt(corrected[1]) + 1e-8))
+    return params
+
+
+@needs_galore
+def test_galore_of_an_attention_kernel_is_that_of_numpy():
+    params, gradients = normal(0, 12, 2, 4), [normal(seed, 12, 2, 4) for seed in range(1, 4)]
+    ours = trained(galore(WeightAxes((0,), (1, 2)).to_galore(), update_proj_gap=2), gradients, params)
+    matrices = [gradient.reshape(12, 8) for gradient in gradients]
+    expected = galore_of_numpy(matrices, params.reshape(12, 8), rank=3, learning_rate=0.1, every=2)
+    np.testing.assert_allclose(ours.reshape(12, 8), expected, atol=2e-4)
+
+
+def over_a_stack(optimizer):
+    """The optimizer of one layer for a stack of them in axis 0, as the docstring of `to_galore` has it."""
+
+    def mapped(params):
+        one = jax.eval_shape(optimizer.init, jax.tree.map(lambda leaf: leaf[0], params))
+        return jax.tree.map(lambda leaf: 0 if leaf.ndim else None, one)
+
+    def init(params):
+        return jax.vmap(optimizer.init, out_axes=mapped(params))(params)
+
+    def update(updates, state, params):
+        in_state = mapped(params)
+        update = jax.vmap(optimizer.update, in_axes=(0, in_state, 0), out_axes=(0, in_state))
+        return update(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+@needs_galore
+def test_galore_over_a_stack_is_galore_of_each_layer():
+    numbers = {"query": WeightAxes((0,), (1, 2)).to_galore(), "bias": None}
+    optimizer = galore(numbers, update_proj_gap=2, weight_decay=0.1)
+
+    def arrays(seed):
+        return {"query": normal(seed, 3, 8, 2, 5), "bias": normal(seed, 3, 5)}
+
+    params, gradients = arrays(0), [arrays(seed) for seed in range(1, 5)]
+    stacked = over_a_stack(optimizer)
+    ours = jax.jit(lambda params: trained(stacked, gradients, params))(params)
+    layers = [jax.tree.map(lambda leaf, at=at: leaf[at], (params, gradients)) for at in range(3)]
+    one_each = [trained(optimizer, those, one) for one, those in layers]
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_each)
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-5), ours, expected)
+    # The decomposition is a branch that most steps do not take: were the count mapped too, all would.
+    program = str(jax.make_jaxpr(stacked.update)(gradients[0], stacked.init(params), params))
+    assert program.count(" cond[") == 1
+    assert program.count(" svd[") == 1
+
+
+def test_without_galore_in_optax_the_error_names_the_version(monkeypatch):
+    monkeypatch.delattr(optax.contrib, "GaLoreDimensionNumbers", raising=False)
+    with pytest.raises(ImportError, match=r"GaLoreDimensionNumbers, which optax has since 0\.2\.7; optax "):
+        WeightAxes((0,), (1,)).to_galore()
+    assert WeightAxes(()).to_galore() is None

@@ -45,6 +45,11 @@ def right(params: dict[str, jax.Array], x: jax.Array) -> None:
     centralize(bare, mask={"encoder": True, "decoder": False, "head": False})
     centralize(partition_specs=jax.sharding.PartitionSpec("x"))
     centralize(partition_specs={"kernel": jax.sharding.PartitionSpec("x", None)})
+    for mask in (gc_optax.decay_mask(axes), gc_optax.decay_mask(bare), gc_optax.decay_mask(out_last)):
+        centralize(mask=mask)
+    gc_optax.decay_mask(None, lookups=True)(params)
+    gc_optax.decay_mask(conv_only(out_last))(params)["kernel"]
+    WeightAxes((0,), (1, 2)).with_batch_axes(1, -1).to_muon()
     centralized(optax.adam(1e-3))
     centralized(optax.adam(1e-3), centralize(axes), where="updates")
     optax.chain(centralize(axes), optax.sgd(0.1))
@@ -66,6 +71,9 @@ def wrong(params: dict[str, jax.Array], x: jax.Array) -> None:
     centralized(optax.adam(1e-3), bare)  # type: ignore[arg-type]
     centralized(optax.adam(1e-3), out_last)  # type: ignore[arg-type]
     centralized(optax.adam(1e-3), where="update")  # type: ignore[arg-type]
+    gc_optax.decay_mask("out_last")  # type: ignore[call-overload]
+    gc_optax.decay_mask(out_last, True)  # type: ignore[call-overload]
+    WeightAxes((0,)).with_batch_axes("0")  # type: ignore[arg-type]
     conv_only("out_last")  # type: ignore[call-overload]
     infer_axes(params, loss)  # type: ignore[arg-type]
     gc_optax.centralise(0)  # type: ignore[attr-defined]
