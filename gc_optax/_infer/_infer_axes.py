@@ -193,7 +193,8 @@ def _role(kernels: list[Use], others: list[Use]) -> Role:
     """Where in the model a parameter stands. A table that is tied to the output layer is a table."""
     if any(use.is_lookup for use in others):
         return "lookup"
-    return common_role(use.role for use in kernels) if kernels else ""
+    # What is a bias or a scale too may be no weight at all: a mean of `x * scale` is a contraction.
+    return common_role(use.role for use in kernels) if kernels and not others else ""
 
 
 def _warn_of_unclear_uses(places: Sequence[Any], verdicts: Sequence[tuple[WeightAxes, bool]]) -> None:

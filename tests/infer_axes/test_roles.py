@@ -194,6 +194,17 @@ def what_modulates_a_weight_is_followed_by_it(p, x):
     return x @ (p["a"] * jnp.tanh(x[0] @ p["style"])[:, None])
 
 
+@case(a="input", scale="", b="output")
+def a_scale_that_a_mean_is_taken_with(p, x):
+    h = jnp.tanh(x @ p["a"]) * p["scale"][0]
+    return (h - jnp.mean(h, axis=1, keepdims=True)) @ p["b"]
+
+
+@case(a="output", b="")
+def a_weight_that_is_a_bias_too(p, x):
+    return x @ p["a"] + (x[:1] @ p["b"]) + p["b"][0]
+
+
 @case(a="input", b="output", c="")
 def what_no_gradient_comes_back_to(p, x):
     return jnp.tanh(x @ p["a"]) @ p["b"] + jax.lax.stop_gradient(x @ p["c"])
