@@ -6,8 +6,8 @@ from typing import Any, Literal, Protocol, get_args
 import jax
 import optax
 
+from ._arithmetic import subtract_mean
 from ._axes import Axes, Mask, PyTree, WeightAxes, is_absent
-from ._mean import subtract_mean
 from ._mesh import PartitionSpecs, Split, mesh_axes, require_shard_map, settle_splits, warn_of_shards, whole
 from ._resolve import Settler, require_arrays, settle
 from ._text import describe

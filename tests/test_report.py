@@ -16,7 +16,7 @@ import pytest
 
 import gc_optax
 from gc_optax import WeightAxes, centralize, centralize_gradients, removed_fraction, summarize
-from gc_optax._mean import norm
+from gc_optax._arithmetic import norm
 
 # removed_fraction
 
