@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import optimizers
 from ._axes import WeightAxes
 from ._centralize import centralize, centralize_gradients, centralized
+from ._clip import adaptive_grad_clip
 from ._conventions import conv_only, out_first, out_last
 from ._report import removed_fraction, summarize
 
@@ -25,6 +26,7 @@ else:  # where a type checker sees it, it takes every name for one of ours
 __version__ = _version("gc_optax")
 __all__ = [
     "WeightAxes",
+    "adaptive_grad_clip",
     "centralize",
     "centralize_gradients",
     "centralized",
