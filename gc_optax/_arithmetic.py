@@ -109,9 +109,11 @@ def clip_norms(
     squares = _sum_of_squares(wide, axes), _sum_of_squares(weights.astype(_accumulator(weights.dtype)), axes)
     if mesh_axes:
         squares = lax.psum(squares, mesh_axes)  # type: ignore[no-untyped-call]
-    norm, norm_of_weights = map(jnp.sqrt, squares)
+    # XLA divides by a norm that is broadcast by multiplying with its inverse, and else it does not. For the
+    # bits of optax they are broadcast first, as there. The compiled program holds none of these arrays.
+    norm, norm_of_weights, _ = jnp.broadcast_arrays(*map(jnp.sqrt, squares), wide)
     most = clipping * jnp.maximum(norm_of_weights, eps)
-    # Here nothing has to be kept apart: XLA fuses this into the optimizer, and writes no clipped gradient.
+    # Nothing has to be kept apart: the product fuses into the optimizer.
     clipped = wide * (most / jnp.maximum(norm, 1e-6))
     return jnp.where(norm < most, wide, clipped).astype(gradient.dtype)
 
