@@ -1,4 +1,4 @@
-"""What gradient centralization adds to the update step of an optimizer.
+"""What gradient centralization, or adaptive gradient clipping, adds to the update step of an optimizer.
 
 The step (the optimizer and `optax.apply_updates`, compiled, parameters and state donated) runs on the real
 parameter trees of five models and on eight single tensors, in four ways: without centralization, with
@@ -9,11 +9,14 @@ round, with their quartiles. The plain step takes part twice, and "plain again" 
 The floor is what counting bytes gives: every gradient, state and parameter is read once and every state and
 parameter written once, and centralization reads once more the gradients that it centralizes.
 
+With `--transformation adaptive_grad_clip` the ways are without clipping, with `gc_optax.adaptive_grad_clip`,
+and with `optax.adaptive_grad_clip`. Clipping reads once more every gradient and every parameter.
+
 `--peers` adds PyTorch (the rule in the authors' code before `torch.optim.AdamW`, foreach and fused) and Keras
 (all axes but the last, before `keras.optimizers.AdamW`), each as a ratio to its own plain step.
 
-    python benchmarks/overhead.py [--optimizers NAME ...] [--cases NAME ...] [--rounds N] [--dtype NAME]
-                                  [--peers NAME ...] [--json PATH] [--plot PATH]
+    python benchmarks/overhead.py [--transformation NAME] [--optimizers NAME ...] [--cases NAME ...]
+                                  [--rounds N] [--dtype NAME] [--peers NAME ...] [--json PATH] [--plot PATH]
 """
 
 import argparse
@@ -93,11 +96,36 @@ def naive(axes: Any) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map(subtract, updates, axes))
 
 
-WAYS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
-    PLAIN: lambda _: optax.identity(),
-    "gc_optax": gc_optax.centralize,
-    "optax.centralize": lambda _: optax.centralize(),
-    "naive": naive,
+Way = Callable[[Any], optax.GradientTransformation]
+
+
+class Transformation(NamedTuple):
+    """The ways to do the same from the axes of a case, and the bytes that are read once more for it."""
+
+    ways: dict[str, Way]
+    read_again: Callable[[Case], int]
+
+
+TRANSFORMATIONS = {
+    "centralize": Transformation(
+        {
+            PLAIN: lambda _: optax.identity(),
+            "gc_optax": gc_optax.centralize,
+            "optax.centralize": lambda _: optax.centralize(),
+            "naive": naive,
+        },
+        lambda case: size(
+            jax.tree.map(lambda leaf, weight: leaf if weight.fan_in else None, case.params, case.axes)
+        ),
+    ),
+    "adaptive_grad_clip": Transformation(
+        {
+            PLAIN: lambda _: optax.identity(),
+            "gc_optax": lambda axes: gc_optax.adaptive_grad_clip(0.01, axes),
+            "optax.adaptive_grad_clip": lambda _: optax.adaptive_grad_clip(0.01),
+        },
+        lambda case: 2 * size(case.params),
+    ),
 }
 
 
@@ -126,20 +154,16 @@ def size(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def compile_update(
-    case: Case,
-    optimizer: optax.GradientTransformation,
-    way: Callable[[Any], optax.GradientTransformation],
-) -> jax.stages.Compiled:
+def compile_update(case: Case, optimizer: optax.GradientTransformation, way: Way) -> jax.stages.Compiled:
     """The program from (parameters, state, gradients) to (parameters, state).
 
     Results come in the order of the arguments that are donated to them: JAX gives each result the first
     donated buffer of its size that is left, and where that is another one's, XLA copies.
     """
-    centralization = way(case.axes)
+    transformation = way(case.axes)
 
     def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
-        gradients, _ = centralization.update(gradients, centralization.init(params), params)
+        gradients, _ = transformation.update(gradients, transformation.init(params), params)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -163,9 +187,11 @@ def stepping(
     return {name: runner(program) for name, program in programs.items()}
 
 
-def measure(case: Case, optimizer: optax.GradientTransformation, rounds: int) -> dict[str, Any]:
+def measure(
+    case: Case, optimizer: optax.GradientTransformation, transformation: Transformation, rounds: int
+) -> dict[str, Any]:
     """Times and temporary memory of every way, and the bytes that the step has to move."""
-    programs = {name: compile_update(case, optimizer, way) for name, way in WAYS.items()}
+    programs = {name: compile_update(case, optimizer, way) for name, way in transformation.ways.items()}
     leaves, structure = jax.tree.flatten(case.params)
     random = np.random.default_rng(0)
 
@@ -175,8 +201,6 @@ def measure(case: Case, optimizer: optax.GradientTransformation, rounds: int) ->
 
     gradients, params = normal(), normal()
     state = jax.jit(optimizer.init)(params)
-    weights = jax.tree.leaves(case.axes)
-    centralized = [leaf for leaf, weight in zip(leaves, weights, strict=True) if weight.fan_in]
     streams = size(gradients) + 2 * size(params) + 2 * size(state)
 
     times = take_turns(stepping(programs | {AGAIN: programs[PLAIN]}, params, state, gradients), rounds)
@@ -185,7 +209,7 @@ def measure(case: Case, optimizer: optax.GradientTransformation, rounds: int) ->
         "parameters": sum(leaf.size for leaf in leaves),
         "leaves": len(leaves),
         "bytes": streams,
-        "floor": (streams + size(centralized)) / streams,
+        "floor": (streams + transformation.read_again(case)) / streams,
         "seconds": times,
         "temporary_bytes": temporary,
     }
@@ -285,7 +309,7 @@ def ratio(run: dict[str, Any], way: str) -> Spread:
 def report(runs: list[dict[str, Any]], bandwidth: float, console: Console) -> None:
     """Prints the ratios under one optimizer, and the temporary memory above the plain step's."""
     optimizer = runs[0]["optimizer"]
-    others = [way for way in WAYS if way != PLAIN]
+    others = [way for way in runs[0]["temporary_bytes"] if way != PLAIN]
     times = Table(
         title=f"{optimizer}: time of the update, as a ratio to the plain step",
         caption="median (quartiles) of the ratios within a round; share: of a copy's bandwidth, gc_optax",
@@ -300,12 +324,12 @@ def report(runs: list[dict[str, Any]], bandwidth: float, console: Console) -> No
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
-        plain, centralized = (float(np.median(run["seconds"][way])) for way in (PLAIN, "gc_optax"))
+        plain, ours = (float(np.median(run["seconds"][way])) for way in (PLAIN, "gc_optax"))
         times.add_row(
             run["case"],
             f"{run['parameters'] / 1e6:.1f} M",
             f"{plain * 1e3:.1f} ms",
-            f"{run['floor'] * run['bytes'] / centralized / bandwidth:.0%}",
+            f"{run['floor'] * run['bytes'] / ours / bandwidth:.0%}",
             f"{run['floor']:.2f}",
             *(str(ratio(run, way)) for way in (*others, AGAIN)),
         )
@@ -363,7 +387,7 @@ def plot(runs: list[dict[str, Any]], dtype: str, path: pathlib.Path) -> None:
     )
     for panel, optimizer in zip(panels[0], optimizers, strict=True):
         chosen = [run for run in runs if run["optimizer"] == optimizer]
-        for index, way in enumerate(way for way in WAYS if way != PLAIN):
+        for index, way in enumerate(way for way in runs[0]["temporary_bytes"] if way != PLAIN):
             spreads = [ratio(run, way) for run in chosen]
             medians = [spread.median for spread in spreads]
             errors = [
@@ -393,6 +417,13 @@ def main() -> None:
     """Measures every case under every optimizer, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = [*MODELS, *map(str, TENSORS)]
+    parser.add_argument(
+        "--transformation",
+        choices=TRANSFORMATIONS,
+        default="centralize",
+        metavar="NAME",
+        help="what is added: centralize (default) or adaptive_grad_clip",
+    )
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=[*OPTIMIZERS], metavar="NAME")
     parser.add_argument("--cases", nargs="+", choices=known, default=known, metavar="NAME")
     parser.add_argument("--rounds", type=positive, default=15, help="measurements of each (default: 15)")
@@ -407,14 +438,17 @@ def main() -> None:
 
     console = wide_console()
     bandwidth = copy_bandwidth()
-    console.print(f"{machine()}; a copy moves {bandwidth / 1e9:.1f} GB/s; {arguments.dtype}")
+    console.print(
+        f"{machine()}; a copy moves {bandwidth / 1e9:.1f} GB/s; {arguments.dtype}; {arguments.transformation}"
+    )
     dtype = jnp.dtype(arguments.dtype)
     tensors = {str(shape): tensor_case(shape, fan_in, dtype) for shape, fan_in in TENSORS.items()}
     cases = {name: tensors.get(name) or model_case(name, dtype) for name in arguments.cases}
+    transformation = TRANSFORMATIONS[arguments.transformation]
     runs, peers = [], []
     for optimizer in dict.fromkeys(arguments.optimizers):
         for name, case in track(cases.items(), description=optimizer, transient=True, console=console):
-            run = measure(case, OPTIMIZERS[optimizer], arguments.rounds)
+            run = measure(case, OPTIMIZERS[optimizer], transformation, arguments.rounds)
             runs.append({"optimizer": optimizer, "case": name} | run)
         report([run for run in runs if run["optimizer"] == optimizer], bandwidth, console)
     for peer in dict.fromkeys(arguments.peers):
@@ -425,7 +459,8 @@ def main() -> None:
         report_peers(peers, console)
     if arguments.json:
         measured = {"dtype": arguments.dtype, "copy_bandwidth": bandwidth, "runs": runs, "peers": peers}
-        arguments.json.write_text(json.dumps({"machine": machine()} | measured, indent=1))
+        about = {"machine": machine(), "transformation": arguments.transformation}
+        arguments.json.write_text(json.dumps(about | measured, indent=1))
     if arguments.plot:
         plot(runs, arguments.dtype, arguments.plot)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import optimizers
 from ._axes import WeightAxes
 from ._centralize import centralize, centralize_gradients, centralized
+from ._clip import adaptive_grad_clip
 from ._conventions import conv_only, out_first, out_last
 from ._files import load_axes, save_axes
 from ._masks import decay_mask
@@ -27,6 +28,7 @@ else:  # where a type checker sees it, it takes every name for one of ours
 __version__ = _version("gc_optax")
 __all__ = [
     "WeightAxes",
+    "adaptive_grad_clip",
     "centralize",
     "centralize_gradients",
     "centralized",

@@ -1,16 +1,17 @@
 """Gradient centralization in optax's protocol."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, get_args
 
 import jax
 import optax
 
+from ._arithmetic import subtract_mean
 from ._axes import Axes, Mask, PyTree, WeightAxes, is_absent
-from ._mean import subtract_mean
-from ._mesh import PartitionSpecs, Split, mesh_axes, require_shard_map, settle_splits, warn_of_shards, whole
-from ._resolve import Settler, require_arrays, settle
-from ._text import describe
+from ._mesh import PartitionSpecs, check, settle_shards
+from ._resolve import Settler, settle
+from ._text import CENTRALIZING, describe
 
 Where = Literal["gradients", "updates"]
 
@@ -109,10 +110,7 @@ def centralize(
     axes, mask = jax.tree.map(lambda leaf: leaf, (axes, mask))
 
     def init(params: optax.Params) -> optax.OptState:
-        # optax.tree_map_params calls `init` with a placeholder that has no leaves: nothing to check.
-        if jax.tree.leaves(params):
-            splits = settle_splits(params, partition_specs)
-            settle(whole(params, splits), axes, mask)
+        check(params, axes, mask, partition_specs, CENTRALIZING)
         return optax.EmptyState()
 
     settle_updates = Settler(axes, mask)
@@ -121,11 +119,7 @@ def centralize(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        splits = _splits_of_shards(updates, partition_specs)
-        settled = settle_updates(whole(updates, splits))
-        if partition_specs is None:
-            warn_of_shards(updates, settled)
-        return _project(updates, settled, splits), state
+        return _project(updates, partition_specs, settle_updates), state
 
     return optax.GradientTransformation(init, update)
 
@@ -158,11 +152,7 @@ def centralize_gradients(
     References:
         Yong et al., ECCV 2020, https://arxiv.org/abs/2004.01461
     """
-    splits = _splits_of_shards(gradients, partition_specs)
-    settled = settle(whole(gradients, splits), axes, mask)
-    if partition_specs is None:
-        warn_of_shards(gradients, settled)
-    return _project(gradients, settled, splits)
+    return _project(gradients, partition_specs, functools.partial(settle, axes=axes, mask=mask))
 
 
 def centralized(
@@ -239,20 +229,15 @@ def centralized(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _splits_of_shards(updates: PyTree, partition_specs: PartitionSpecs) -> list[Split]:
-    """How each leaf of `updates` is split. Where the user says it, they must be shards."""
-    if partition_specs is not None:
-        require_shard_map()
-    return settle_splits(updates, partition_specs)
-
-
-def _project(updates: PyTree, settled: list[WeightAxes], splits: list[Split]) -> PyTree:
+def _project(
+    updates: PyTree, partition_specs: PartitionSpecs, settle_whole: Callable[[PyTree], list[WeightAxes]]
+) -> PyTree:
     """`updates` with the mean of every weight vector subtracted."""
-    require_arrays(updates, settled)
+    settled = settle_shards(updates, partition_specs, settle_whole, CENTRALIZING)
     leaves, structure = jax.tree.flatten(updates, is_leaf=is_absent)
     projected = [
-        subtract_mean(leaf, weight.fan_in, mesh_axes(split, weight.fan_in)) if weight.fan_in else leaf
-        for leaf, weight, split in zip(leaves, settled, splits, strict=True)
+        subtract_mean(leaf, fan_in, mesh_axes) if fan_in else leaf
+        for leaf, (fan_in, mesh_axes) in zip(leaves, settled, strict=True)
     ]
     return jax.tree.unflatten(structure, projected)
 

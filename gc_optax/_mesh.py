@@ -16,9 +16,9 @@ from jax import lax
 from jax import tree_util as jtu
 from jax.sharding import PartitionSpec
 
-from ._axes import NOTHING_LEFT, Nodes, Path, PyTree, WeightAxes, is_absent, is_array_like
-from ._resolve import match, resolve
-from ._text import describe, joined_lines, place, stacklevel_of_the_user
+from ._axes import NOTHING_LEFT, Axes, Mask, Nodes, Path, PyTree, WeightAxes, is_absent, is_array_like
+from ._resolve import match, require_arrays, resolve, settle
+from ._text import Wording, describe, joined_lines, place, stacklevel_of_the_user
 
 PartitionSpecs: TypeAlias = "PartitionSpec | tuple[PartitionSpecs, ...] | Nodes | Callable[[PyTree], PyTree]"
 
@@ -26,7 +26,39 @@ PartitionSpecs: TypeAlias = "PartitionSpec | tuple[PartitionSpecs, ...] | Nodes 
 Split = tuple[tuple[str, ...], ...]
 
 
-def settle_splits(params: PyTree, partition_specs: PartitionSpecs) -> list[Split]:
+def check(params: PyTree, axes: Axes, mask: Mask, partition_specs: PartitionSpecs, wording: Wording) -> None:
+    """Raises an error where `axes`, `mask` or `partition_specs` do not fit; warns where axes are a guess.
+
+    optax.tree_map_params calls `init` with a placeholder that has no leaves: there is nothing to check.
+    """
+    if jax.tree.leaves(params):
+        splits = _settle_splits(params, partition_specs)
+        settle(_whole(params, splits), axes, mask, wording=wording)
+
+
+def settle_shards(
+    updates: PyTree,
+    partition_specs: PartitionSpecs,
+    settle_whole: Callable[[PyTree], list[WeightAxes]],
+    wording: Wording,
+) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
+    """For each leaf of `updates` the fan-in axes, and the axes of a mesh that split these.
+
+    Axes are about whole parameters, so `settle_whole` gets the shapes that the leaves have outside of
+    `shard_map`. Without `partition_specs`, a warning names what may be a shard.
+    """
+    if partition_specs is not None:
+        _require_shard_map()
+    splits = _settle_splits(updates, partition_specs)
+    settled = settle_whole(_whole(updates, splits))
+    require_arrays(updates, settled)
+    if partition_specs is None:
+        _warn_of_shards(updates, settled, wording)
+    pairs = zip(settled, splits, strict=True)
+    return [(weight.fan_in, _mesh_axes(split, weight.fan_in)) for weight, split in pairs]
+
+
+def _settle_splits(params: PyTree, partition_specs: PartitionSpecs) -> list[Split]:
     """How each leaf of `params` is split, in the order of `jax.tree.leaves(params, is_leaf=is_absent)`.
 
     Outside of `shard_map`, where `init` usually gets the whole parameters, there is no mesh that the names
@@ -38,16 +70,16 @@ def settle_splits(params: PyTree, partition_specs: PartitionSpecs) -> list[Split
     return [() if is_absent(leaf) else _split(path, leaf, spec) for path, leaf, spec in specs]
 
 
-def require_shard_map() -> None:
+def _require_shard_map() -> None:
     """Raises an error outside of `shard_map`, where an array is no shard of anything."""
     if not _manual_axes():
         raise ValueError(
             "partition_specs are for gradients inside jax.shard_map, each of them a shard, and here no mesh "
-            "axis is manual. Under jit the mean of a sharded gradient is that of the whole: leave them out"
+            "axis is manual. Under jit a sharded gradient is whole: leave them out"
         )
 
 
-def warn_of_shards(updates: PyTree, settled: list[WeightAxes]) -> None:
+def _warn_of_shards(updates: PyTree, settled: list[WeightAxes], wording: Wording) -> None:
     """Warns inside `shard_map` of gradients that may be shards, where nobody said how they are split.
 
     JAX knows along which mesh axes an array varies, unless `shard_map` has `check_vma=False`: then any may.
@@ -66,16 +98,17 @@ def warn_of_shards(updates: PyTree, settled: list[WeightAxes]) -> None:
     ]
     if lines:
         warnings.warn(
-            "inside jax.shard_map and jax.pmap gc_optax sees one shard of each gradient, and takes the mean "
-            "of the shard. These may be parts of a larger one:\n" + joined_lines(lines) + "\n"
-            "Say how they are split, with centralize(axes, partition_specs=...), or that each is whole, as "
-            "it is after a pmean, with centralize(axes, partition_specs=jax.sharding.PartitionSpec()).",
+            "inside jax.shard_map and jax.pmap gc_optax sees one shard of each gradient, and takes the "
+            f"{wording.statistic} of the shard. These may be parts of a larger one:\n{joined_lines(lines)}\n"
+            f"Say how they are split, with {wording.call.format('axes, partition_specs=...')}, or that each "
+            "is whole, as it is after a pmean, with "
+            f"{wording.call.format('axes, partition_specs=jax.sharding.PartitionSpec()')}.",
             UserWarning,
             stacklevel=stacklevel_of_the_user(),
         )
 
 
-def whole(params: PyTree, splits: list[Split]) -> PyTree:
+def _whole(params: PyTree, splits: list[Split]) -> PyTree:
     """`params` with the shapes that they have outside of `shard_map`.
 
     Axes and masks are about those shapes: a shard may have one input of a weight vector that has many. A leaf
@@ -93,7 +126,7 @@ def whole(params: PyTree, splits: list[Split]) -> PyTree:
     )
 
 
-def mesh_axes(split: Split, axes: tuple[int, ...]) -> tuple[str, ...]:
+def _mesh_axes(split: Split, axes: tuple[int, ...]) -> tuple[str, ...]:
     """The mesh axes that split the given axes of an array."""
     return tuple(name for axis, names in enumerate(split) if axis in axes for name in names)
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import tree_util as jtu
 
+from ._arithmetic import norm, removed_share
 from ._axes import Axes, Mask, Path, PyTree, WeightAxes, is_absent, is_array_like, is_float_array, is_inexact
-from ._mean import norm, removed_share
 from ._resolve import match, require_arrays, settle
 from ._text import describe, path_text, place
 

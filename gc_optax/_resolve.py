@@ -34,10 +34,21 @@ from ._axes import (
     shortened,
 )
 from ._conventions import is_convention, out_last, read_out_last
-from ._text import BOX, at, children_of, describe, joined_lines, place, stacklevel_of_the_user, type_name
+from ._text import (
+    BOX,
+    CENTRALIZING,
+    Wording,
+    at,
+    children_of,
+    describe,
+    joined_lines,
+    place,
+    stacklevel_of_the_user,
+    type_name,
+)
 
 _OUTSIDE_OF_FLATTEN = (
-    "If optax.flatten made one vector of all parameters, put the centralization around it: "
+    "If optax.flatten made one vector of all parameters, put what needs axes around it: "
     "optax.chain(gc_optax.centralize(...), optax.flatten(optimizer))"
 )
 
@@ -45,7 +56,9 @@ _OUTSIDE_OF_FLATTEN = (
 _MOST_KEPT = 8
 
 
-def settle(params: PyTree, axes: Axes, mask: Mask, *, silent: bool = False) -> list[WeightAxes]:
+def settle(
+    params: PyTree, axes: Axes, mask: Mask, *, silent: bool = False, wording: Wording = CENTRALIZING
+) -> list[WeightAxes]:
     """One `WeightAxes` for each leaf of `params`, with axes that are in range and not negative.
 
     The leaves come in the order of `jax.tree.leaves(params, is_leaf=is_absent)`: where a parameter is
@@ -59,7 +72,7 @@ def settle(params: PyTree, axes: Axes, mask: Mask, *, silent: bool = False) -> l
     kept = match("mask", True if mask is None else resolve(mask, params), params, prefix=True)
     settled = [_settle_leaf(*leaf, keep) for leaf, (_, _, keep) in zip(given, kept, strict=True)]
     if axes is None and not silent:
-        _warn_of_unsettled_kernels(params, settled)
+        _warn_of_unsettled_kernels(params, settled, wording)
     return settled
 
 
@@ -105,8 +118,12 @@ def resolve(given: Any, params: PyTree) -> PyTree:
     return given(params) if is_function(given) else given
 
 
-def match(role: str, tree: PyTree, params: PyTree, *, prefix: bool) -> list[tuple[Path, Any, Any]]:
+def match(
+    role: str, tree: PyTree, params: PyTree, *, prefix: bool, whose: str = "the parameters"
+) -> list[tuple[Path, Any, Any]]:
     """Each leaf of `params` with its path and what `tree` has in the same place.
+
+    A message calls the two trees `role` and `whose`.
 
     `jax.tree.map` does this too, but it cannot say where two trees differ, it does not match a full
     tree with parameters of which a part is masked out, and it minds boxes: `nnx.Optimizer` hands boxed
@@ -126,8 +143,8 @@ def match(role: str, tree: PyTree, params: PyTree, *, prefix: bool) -> list[tupl
             with_keys, entry_structure = children_of(entry)
             if not _are_equal(entry_structure, structure):
                 raise ValueError(
-                    f"{role} does not have the structure of the parameters: at {at(path)} the parameters "
-                    f"have {describe(node)}, {role} has {describe(entry)}{_mend(role, node, entry)}"
+                    f"{role} does not have the structure of {whose}: at {at(path)} {whose} "
+                    f"have {describe(node)}, {role} has {describe(entry)}{_mend(role, node, entry, whose)}"
                 )
             entries = [child for _, child in with_keys]
         for (key, child), child_entry in zip(children, entries, strict=True):
@@ -145,7 +162,7 @@ def _are_equal(one: jtu.PyTreeDef, other: jtu.PyTreeDef) -> bool:
         return False
 
 
-def _mend(role: str, node: Any, entry: Any) -> str:
+def _mend(role: str, node: Any, entry: Any, whose: str) -> str:
     """What to write where a user's tree differs from the parameters (`node`) in a way that is often met."""
     if isinstance(entry, str):
         return _mend_of_a_name(entry)
@@ -155,13 +172,13 @@ def _mend(role: str, node: Any, entry: Any) -> str:
     keys, entry_keys = ([key for key, _ in children_of(each)[0]] for each in (node, entry))
     if type(entry) is type(node) and keys == entry_keys:
         return ". They are not equal in what they keep beside that, static fields for example"
-    for whose, outer, inner in (("the parameters", node, entry), (f"the {role}", entry, node)):
+    for owner, outer, inner in ((whose, node, entry), (f"the {role}", entry, node)):
         # One of the two is {"params": {"Dense_0": ...}}, and the other {"Dense_0": ...}.
         children, structure = children_of(outer)[0], children_of(inner)[1]
         if len(children) == 1 and not jtu.all_leaves([inner]):
             [(key, child)] = children
             if _are_equal(children_of(child)[1], structure):
-                return f". Below {at(key)} of {whose} the two fit: give both with it, or both without"
+                return f". Below {at(key)} of {owner} the two fit: give both with it, or both without"
     return ""
 
 
@@ -196,7 +213,7 @@ def _settle_leaf(path: Path, leaf: Any, given: Any, keep: Any) -> WeightAxes:
 
 
 def require_arrays(gradients: PyTree, settled: list[WeightAxes]) -> None:
-    """Raises an error where a leaf that is to be centralized only stands for an array."""
+    """Raises an error where a leaf that is to be changed only stands for an array."""
     leaves = jax.tree.leaves(gradients, is_leaf=is_absent)
     for number, (leaf, axes) in enumerate(zip(leaves, settled, strict=True)):
         if axes.fan_in and not is_float_array(leaf):
@@ -267,8 +284,8 @@ def _as_bool(keep: Any, where: str) -> bool:
     )
 
 
-def _warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes]) -> None:
-    """Warns, once for all of them, of the centralized kernels that `out_last` can only guess at.
+def _warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes], wording: Wording) -> None:
+    """Warns, once for all of them, of the kernels that `out_last` can only guess at.
 
     Also of a lone vector, which is what `optax.flatten` shows of the parameters that it is given.
     """
@@ -276,15 +293,15 @@ def _warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes]) -> Non
     if [path for path, _ in places] == [()] and is_inexact(places[0][1]) and len(places[0][1].shape) == 1:
         warnings.warn(
             "the parameters are a single vector without a name, in which gc_optax finds no weight vectors: "
-            f"nothing is centralized. {_OUTSIDE_OF_FLATTEN}. If there is nothing to centralize, "
-            "centralize(gc_optax.out_last) says nothing.",
+            f"{wording.without_axes}. {_OUTSIDE_OF_FLATTEN}. If you do have a single "
+            f"vector, {wording.call.format('gc_optax.out_last')} says nothing.",
             UserWarning,
             stacklevel=stacklevel_of_the_user(),
         )
     absent = map(is_absent, jax.tree.leaves(params, is_leaf=is_absent))
     present = [axes for axes, left_out in zip(settled, absent, strict=True) if not left_out]
     doubtful = [
-        f"  {place(path, leaf)}: mean over axes {axes.fan_in}"
+        f"  {place(path, leaf)}: {wording.statistic} over axes {axes.fan_in}"
         for (path, leaf), axes, reading in zip(places, present, read_out_last(places), strict=True)
         if axes.fan_in and not reading.settled
     ]
@@ -293,9 +310,9 @@ def _warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes]) -> Non
             "by default gc_optax reads the axes off names and shapes (out_last: every axis but the last "
             "is fan-in). These kernels have more than one reading: a convolution, a fused projection, a "
             "stack of layers. The reading taken is\n" + joined_lines(doubtful) + "\n"
-            "Settle it exactly with centralize(gc_optax.infer_axes(loss, params, batch)), which reads the "
-            "axes off the model, or with a tree of axes of your own; or accept this reading silently with "
-            "centralize(gc_optax.out_last).",
+            f"Settle it exactly with {wording.call.format('gc_optax.infer_axes(loss, params, batch)')}, "
+            "which reads the axes off the model, or with a tree of axes of your own; or accept this reading "
+            f"silently with {wording.call.format('gc_optax.out_last')}.",
             UserWarning,
             stacklevel=stacklevel_of_the_user(),
         )

@@ -1,7 +1,7 @@
 """How a path, a leaf, a tree is told to a person, and where a warning points."""
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax import tree_util as jtu
 
@@ -11,6 +11,18 @@ from ._axes import Path, describe_leaf, is_absent, is_array_like, shortened
 BOX: Path = (jtu.GetAttrKey("value"),)
 
 _MOST_CHILDREN = 8
+
+
+class Wording(NamedTuple):
+    """How a message speaks of the transformation that needs axes."""
+
+    call: str  # what a user writes, around what it is called with
+    statistic: str  # what it takes of a weight vector
+    without_axes: str  # what it does to a vector in which there are no weight vectors
+
+
+CENTRALIZING = Wording("centralize({})", "mean", "nothing is centralized")
+
 
 # Whose functions may stand between a user's line and ours: `jax.jit`, `nnx.Optimizer`, the `init` of a chain.
 _LIBRARIES = ("gc_optax", "optax", "jax", "flax", "contextlib", "equinox")

@@ -23,7 +23,7 @@ from gc_optax import (
     removed_fraction,
     summarize,
 )
-from gc_optax._mean import norm
+from gc_optax._arithmetic import norm
 
 # removed_fraction
 

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import optax
 
 import gc_optax
-from gc_optax import WeightAxes, centralize, centralized, conv_only, infer_axes, out_first, out_last
+from gc_optax import (
+    WeightAxes,
+    adaptive_grad_clip,
+    centralize,
+    centralized,
+    conv_only,
+    infer_axes,
+    out_first,
+    out_last,
+)
 
 
 class Params(NamedTuple):
@@ -54,6 +63,9 @@ def right(params: dict[str, jax.Array], x: jax.Array) -> None:
     centralized(optax.adam(1e-3), centralize(axes), where="updates")
     optax.chain(centralize(axes), optax.sgd(0.1))
     gc_optax.optimizers.adamw(1e-3, centralization=centralize(axes))
+    adaptive_grad_clip(0.01)
+    adaptive_grad_clip(jnp.array(0.01), axes, eps=1e-2, partition_specs=jax.sharding.PartitionSpec("x"))
+    optax.chain(adaptive_grad_clip(0.01, bare), optax.sgd(0.1))
     print(axes["kernel"].fan_in, conv_only(out_last)(params)["kernel"])
 
 
@@ -66,6 +78,9 @@ def wrong(params: dict[str, jax.Array], x: jax.Array) -> None:
     centralize(out_last, mask=0)  # type: ignore[arg-type]
     centralize(out_last, True)  # type: ignore[call-arg]
     centralize(partition_specs="x")  # type: ignore[arg-type]
+    adaptive_grad_clip(out_last)  # type: ignore[arg-type]
+    adaptive_grad_clip(0.01, "out_last")  # type: ignore[arg-type]
+    adaptive_grad_clip()  # type: ignore[call-arg]
     centralized(bare)  # type: ignore[arg-type]
     centralized(out_last)  # type: ignore[arg-type]
     centralized(optax.adam(1e-3), bare)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import oracle
 import pytest
 from hypothesis import given
 
-from gc_optax._mean import subtract_mean
+from gc_optax._arithmetic import subtract_mean
 
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64]
 EPS32 = float(jnp.finfo(jnp.float32).eps)
