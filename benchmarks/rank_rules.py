@@ -74,7 +74,7 @@ PROJECTION = WeightAxes((0,), (1, 2), role="hidden")  # (embed, heads, head)
 TRUE_AXES = {
     "embedding/embedding": WeightAxes((), role="lookup"),
     "positions": NO_WEIGHT,
-    "conv/kernel": WeightAxes((0, 1), (2,), role="input"),
+    "conv/kernel": WeightAxes((0, 1), (2,), role="hidden"),  # the data have met the embedding
     "conv/bias": NO_WEIGHT,
     "layers/norm/scale": NO_WEIGHT,
     "layers/norm/bias": NO_WEIGHT,
@@ -194,14 +194,19 @@ def muon_of_hidden(axes: Any) -> optax.GradientTransformation:
 
 
 def galore_of_weights(axes: Any) -> optax.GradientTransformation:
-    """GaLore for every weight, and Adam for the rest; for `galore` alone, a stack of matrices is no matrix."""
+    """GaLore for every weight, and Adam for the rest. It takes no stack of matrices, but a list of them."""
+    stacks = jax.tree.map(lambda leaf: WeightAxes(()) if leaf.to_galore() else leaf, axes)
 
-    def kinds(tree: Any) -> Any:
-        is_weight = lambda node: isinstance(node, list)
-        return jax.tree.map(lambda node: "matrix" if is_weight(node) else "rest", tree, is_leaf=is_weight)
+    def numbers(tree: Any) -> Any:
+        """For all that is a matrix in what `each_matrix` makes of the parameters."""
+        matrix = optax.contrib.GaLoreDimensionNumbers()
+        return jax.tree.map(
+            lambda leaf, part: [matrix] * len(part) if isinstance(part, list) else leaf.to_galore(),
+            axes,
+            tree,
+        )
 
-    kinds_of_optimizers = {"matrix": optax.contrib.galore(1.0, RANK), "rest": optax.adam(1.0)}
-    return each_matrix(optax.partition(kinds_of_optimizers, kinds), axes)
+    return each_matrix(optax.contrib.galore(1.0, RANK, weight_dimension_numbers=numbers), stacks)
 
 
 def are_matrices(params: Any) -> Any:
@@ -211,8 +216,8 @@ def are_matrices(params: Any) -> Any:
 
 RULES = {
     "centralize": Rule(optax.centralize(), gc_optax.centralize, out_first=True),
-    "contrib.muon, for every weight": Rule(optax.contrib.muon(1.0), muon_of_weights),
-    "contrib.muon, for hidden weights": Rule(
+    "muon, every weight": Rule(optax.contrib.muon(1.0), muon_of_weights),
+    "muon, hidden weights": Rule(
         optax.contrib.muon(1.0), muon_of_hidden, takes=lambda axes: axes.role == "hidden"
     ),
     "adaptive_grad_clip": Rule(
@@ -220,11 +225,11 @@ RULES = {
         lambda axes: gc_optax.adaptive_grad_clip(CLIPPING, axes),
         of_weights=True,
     ),
-    "weight decay, mask `ndim > 1`": Rule(
+    "decay mask, ndim > 1": Rule(
         optax.add_decayed_weights(1.0, are_matrices),
         lambda axes: optax.add_decayed_weights(1.0, gc_optax.decay_mask(axes)),
     ),
-    "contrib.galore": Rule(optax.contrib.galore(1.0, RANK), galore_of_weights),
+    "galore": Rule(optax.contrib.galore(1.0, RANK), galore_of_weights),
 }
 
 
@@ -264,8 +269,8 @@ def wrong(rule: Rule, optimizer: optax.GradientTransformation, on: Model) -> lis
 def scaled_down(clip: Callable[[Any], optax.GradientTransformation], on: Model) -> float:
     """How many times smaller the gradients of the other layers get by a large one in the first layer.
 
-    Every gradient is half of what is let through, and that of the first layer a hundred times as large. So the
-    gradients of the other layers should stay.
+    Every gradient is half of what is let through, but that of the first layer is a hundred times as large. The
+    gradients of the other layers should stay as they are.
 
     Returns:
         The median over the weights of the other layers.
@@ -321,7 +326,7 @@ def report(measured: dict[str, Any], console: Console) -> None:
 
     names = Table(title="which ones, by optax (p: plain, s: scanned)", box=box.SIMPLE_HEAD)
     for heading in ("parameter", *measured["rules"]):
-        names.add_column(heading)
+        names.add_column(heading, no_wrap=True)
     for path in TRUE_AXES:
         cells = (
             "".join(kind[0] for kind, of in by_kind.items() if path in of["optax"])
