@@ -269,8 +269,8 @@ def wrong(rule: Rule, optimizer: optax.GradientTransformation, on: Model) -> lis
 def scaled_down(clip: Callable[[Any], optax.GradientTransformation], on: Model) -> float:
     """How many times smaller the gradients of the other layers get by a large one in the first layer.
 
-    Every gradient is half of what is let through, but that of the first layer is a hundred times as large. The
-    gradients of the other layers should stay as they are.
+    Every gradient is half of what is let through, but that of the first layer is a hundred times as large.
+    The gradients of the other layers should stay as they are.
 
     Returns:
         The median over the weights of the other layers.
