@@ -43,14 +43,12 @@ ARGUMENTS = {
     "adafactor": {"learning_rate": RATE, "min_dim_size_to_factor": 2},
     "adaptive_grad_clip": {"clipping": 0.01},
     "add_decayed_weights": {"weight_decay": RATE},
-    "add_noise": {"eta": 0.0, "gamma": 0.5, "key": 0},
     "clip": {"max_delta": RATE},
     "clip_by_block_rms": {"threshold": RATE},
     "clip_by_global_norm": {"max_norm": RATE},
     "contrib.galore": {"learning_rate": RATE, "rank": 2},
     "contrib.scale_by_galore": {"rank": 2},
     "ema": {"decay": 0.9},
-    "noisy_sgd": {"learning_rate": RATE, "eta": 0.0, "key": 0},
     "scale": {"step_size": RATE},
     "scale_by_factored_rms": {"min_dim_size_to_factor": 2},
     "scale_by_schedule": {"step_size_fn": lambda count: RATE},
@@ -82,6 +80,8 @@ LEFT_OUT = {
     *("inject_stateful_hyperparams", "with_extra_args_support", "lookahead", "multi_transform", "partition"),
     *("masked", "freeze", "selective_transform", "flatten", "contrib.split_real_and_imaginary"),
     *("measure_with_ema", "snapshot", "stateless", "stateless_with_tree_map"),
+    # They add random numbers to every entry: in another form, others.
+    *("add_noise", "noisy_sgd"),
     # A line search asks for the loss, at points that it chooses by norms of the whole tree.
     *("scale_by_backtracking_linesearch", "scale_by_zoom_linesearch"),
     # Of gradients with an axis of examples, and one norm of the whole tree for each.
@@ -119,17 +119,15 @@ def kernels(seed):
     sizes = (
         np.geomspace(9, 0.1, LAYERS)[:, None, None] * np.linspace(0.2, 2, FAN_IN * FAN_OUT).reshape(4, 6) ** 2
     )
-    return [jnp.asarray(w, jnp.float32) for w in random.normal(size=(LAYERS, FAN_IN, FAN_OUT)) * sizes]
+    return list(random.normal(size=(LAYERS, FAN_IN, FAN_OUT)) * sizes)
 
 
-def two_updates(name, transformation, there=list, back=list):
+def two_updates(transformation, given, extra_arguments, there, back):
     """What a transformation makes of two gradients, one after the other, in one of the forms."""
-    params = there(kernels(0))
+    params, *gradients = map(there, given)
     state, of_each = transformation.init(params), []
-    for seed in (1, 2):
-        updates, state = transformation.update(
-            there(kernels(seed)), state, params, **EXTRA_ARGUMENTS.get(name, {})
-        )
+    for gradient in gradients:
+        updates, state = transformation.update(gradient, state, params, **extra_arguments)
         params = optax.apply_updates(params, updates)
         of_each.append(back(updates))
     return of_each
@@ -147,24 +145,40 @@ def crosses_of_the_page():
     }
 
 
-@pytest.mark.parametrize("name", sorted({*transformations(), *WRAPPERS} - LEFT_OUT))
+CROSSES = crosses_of_the_page()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in CROSSES else pytest.mark.slow)
+        for name in sorted({*transformations(), *WRAPPERS} - LEFT_OUT)
+    ],
+)
 def test_the_page_says_which_forms_make_a_difference(name):
     transformation = make(name, transformations().get(name))
     forms = {"plain": (list, list), **FORMS}
-    updates = jax.jit(
-        lambda: {form: two_updates(name, transformation, *ways) for form, ways in forms.items()}
-    )()
+    extra_arguments = EXTRA_ARGUMENTS.get(name, {})
+
+    @jax.jit
+    def of_forms(given):
+        return {
+            form: two_updates(transformation, given, extra_arguments, *ways) for form, ways in forms.items()
+        }
+
+    with jax.enable_x64(True):  # MoMo takes the difference of two large numbers
+        updates = of_forms([kernels(seed) for seed in range(3)])
     plain = np.asarray(updates.pop("plain"))
     differing = {
         form
         for form, given in updates.items()
-        if not np.allclose(given, plain, rtol=1e-3, atol=1e-5 * np.abs(plain).max())
+        if not np.allclose(given, plain, rtol=1e-4, atol=1e-6 * np.abs(plain).max())
     }
-    assert differing == crosses_of_the_page().get(name, set())
+    assert differing == CROSSES.get(name, set())
 
 
 def test_the_list_is_of_what_optax_has():
-    assert {*crosses_of_the_page(), *LEFT_OUT} <= set(transformations())
+    assert {*CROSSES, *LEFT_OUT} <= set(transformations())
 
 
 def test_the_page_names_all_that_take_a_mask_for_weight_decay_and_all_that_take_none():
