@@ -432,6 +432,21 @@ def test_all_but_the_last_layer():
     assert_close(updates, expected_of(gradients, params, axes) | {"head": gradients["head"]})
 
 
+def test_all_but_the_last_layer_of_a_model_by_the_roles_that_infer_axes_reads():
+    forward, params, tokens, truth = linen(True)
+    axes = infer_axes(forward, params, tokens)
+    mask = jax.tree.map(lambda a: a.role != "output", axes)
+    optimizer = optax.masked(adaptive_grad_clip(0.01, axes), mask)
+    gradients = jax.tree.map(lambda leaf: leaf + 10, params)
+    updates = by_path(jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0])
+    params = by_path(params)
+    for path, gradient in by_path(gradients).items():
+        clipped_one = oracle.clip(gradient, params[path], 0.01, truth.get(path, ()))
+        expected = gradient if path == "head/kernel" else clipped_one
+        np.testing.assert_allclose(updates[path], expected, rtol=1e-5, err_msg=path)
+        assert np.any(clipped_one != gradient), path
+
+
 def test_a_schedule_of_the_clipping():
     gradients, params, axes = tree_of_pairs()
     schedule = optax.linear_schedule(0.01, 0.03, 2)
