@@ -14,7 +14,6 @@ from ._rules import Step, backwards, forwards
 from ._uses import (
     BATCH,
     IN,
-    LOOKUP,
     NO_USES,
     NONE,
     OUT,
@@ -140,7 +139,7 @@ def _of_side(step: Step, use: Use, side: Side, mine: Origin, other: Side, its: O
 def _beside_data(op: str, side: Side, other: Side, its: Origin) -> Use:
     """The use of a side of a product whose other side is data."""
     if other.picks(its):
-        return Use("other", f"{op}: {LOOKUP}, by a one-hot array")
+        return Use("other", f"{op}: a lookup table, by a one-hot array", role="lookup")
     labels = [BATCH if place in other.places.values() else OUT for place in side.places.values()]
     of_dims = dict(zip(side.places, labels, strict=True))
     for dim, across in zip(side.contracted, other.contracted, strict=True):

@@ -42,7 +42,8 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
     a model is an output. Biases, scales and positions are no weights: the data have met nothing in them. A
     weight with several uses is an input or an output if it is one in all of them; layers that share an
     array, as under `nn.scan`, are hidden together. A table, also one that is tied to the output layer, is a
-    `"lookup"`.
+    `"lookup"`. Only what the gradient goes through counts: frozen weights and computed indices are data like
+    others, and what lies behind a `stop_gradient` does not follow. `docs/one_tree.md` has examples.
 
     Only what the gradient goes through counts as a use. Arrays that `fn` closes over may be data or
     constants: as far as that matters and cannot be told, a warning says so, so give the batch as an argument.
@@ -163,7 +164,7 @@ def _verdict(uses: Uses | None, leaf: Any) -> tuple[WeightAxes, bool]:
     """What all uses of a parameter say, and whether they are clear."""
     if uses is None:
         return left_alone("no array"), True
-    judged = sorted(map(_judged, uses - {FOLLOWED}), key=lambda use: use.why)
+    judged = sorted(map(_judged, uses - {FOLLOWED}), key=lambda use: (use.why, use.fan_in))
     if any(use.how in ("kernel", "unclear") and not use.weak for use in judged):
         judged = [use for use in judged if not use.weak]
     kernels, others = ([use for use in judged if use.how == how] for how in ("kernel", "other"))
@@ -191,7 +192,7 @@ def _verdict(uses: Uses | None, leaf: Any) -> tuple[WeightAxes, bool]:
 
 def _role(kernels: list[Use], others: list[Use]) -> Role:
     """Where in the model a parameter stands. A table that is tied to the output layer is a table."""
-    if any(use.is_lookup for use in others):
+    if any(use.role == "lookup" for use in others):
         return "lookup"
     # What is a bias or a scale too may be no weight at all: a mean of `x * scale` is a contraction.
     return common_role(use.role for use in kernels) if kernels and not others else ""

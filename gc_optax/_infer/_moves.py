@@ -13,7 +13,6 @@ from ._rules import Step, absorbed, backwards, forwards, moves, unclear
 from ._uses import (
     BATCH,
     IN,
-    LOOKUP,
     NO_USES,
     NONE,
     OUT,
@@ -273,7 +272,7 @@ def _looked_up_back(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
     ]
     found = set()
     for use in uses[0]:
-        before = absorbed(use, table, step.outs[0], f"{step.name}: {LOOKUP}")
+        before = absorbed(use, table, step.outs[0], f"{step.name}: a lookup table", "lookup")
         before = _before_lookup(step, before, sources, pointed)
         found.add(before.cut_back(partly, step.old, PICK if by_data else BATCH))
     return [found, *[NO_USES] * (len(step.ins) - 1)]

@@ -8,6 +8,7 @@ it is where a rule gives a use of another rank than the argument has.
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from .._axes import Role
 from ._origins import Made, Origin, Sources, computed
 from ._program import Shape, folded, shape_of
 from ._uses import NO_USES, Use, Uses
@@ -117,11 +118,12 @@ def unclear(step: Step, uses: Uses, number: int) -> Uses:
     # An activation, a statistic or a bias is one, whatever it is computed from; a scale may be half a kernel.
     kept = [use.how in ("output", "statistic") or (use.how == "other" and use.op != "mul") for use in uses]
     return frozenset(
-        Use(use.how, use.why) if is_kept else lost for use, is_kept in zip(uses, kept, strict=True)
+        Use(use.how, use.why, role=use.role) if is_kept else lost
+        for use, is_kept in zip(uses, kept, strict=True)
     )
 
 
-def absorbed(use: Use, origin: Origin, result: Origin, why: str) -> Use:
+def absorbed(use: Use, origin: Origin, result: Origin, why: str, role: Role = "") -> Use:
     """Says of parameters that become a part of activations that they are no kernel."""
     is_part = origin.made == Made.PARAMS and result.made > Made.PARAMS
-    return Use("other", why) if is_part and use.how == "output" else use
+    return Use("other", why, role=role) if is_part and use.how == "output" else use

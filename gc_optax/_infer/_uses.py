@@ -64,21 +64,17 @@ class Use(NamedTuple):
     base: str = ""
     # Whether only a scale of a whole kernel is computed so, as a spectral norm is: other uses count more.
     weak: bool = False
-    # Where in the model the data meet it, for a kernel or a term: before other weights, behind, or between.
+    # Where in the model the data meet it, for a kernel or a term: before other weights, behind, or between. And
+    # "lookup", for what is certainly no kernel, but a table.
     role: Role = ""
 
     @property
-    def is_lookup(self) -> bool:
-        """Whether the array is a table."""
-        return self.how == "other" and LOOKUP in self.why
-
-    @property
-    def is_weight(self) -> bool:
-        """Whether the data meet a weight in the array; what cannot be read may be one.
+    def changes_data(self) -> bool:
+        """Whether the data have met a weight or a table when they come out; what cannot be read may be one.
 
         A term by itself, `x * scale` in `x * scale + bias`, is none. All of them together may be.
         """
-        return self.how in ("kernel", "unclear") or self.is_lookup
+        return self.how in ("kernel", "unclear") or self.role == "lookup"
 
     @property
     def op(self) -> str:
@@ -180,7 +176,6 @@ class Use(NamedTuple):
 Uses = frozenset[Use]
 NO_USES: Uses = frozenset()
 OUTPUT, FOLLOWED = Use("output"), Use("followed")
-LOOKUP = "a lookup table"
 
 
 def labeled(shape: Shape, labels: Iterable[Labels]) -> tuple[Dim, ...]:

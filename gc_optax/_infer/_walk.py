@@ -83,7 +83,10 @@ def settled(origin: Origin, var: Any, name: str, own: bool, alone: bool) -> Orig
         return CONSTANT
     if alone and origin.made == Made.CONSTANT and name in MAKING_ARRAYS and shape_of(var):
         return origin._replace(made=Made.CLOSED, varies=big(shape_of(var)))
-    is_stopped = name == "stop_gradient" or not is_kind(var, jnp.inexact)
+    is_index = not is_kind(var, jnp.inexact)
+    if is_index:
+        origin = origin._replace(met=False)
+    is_stopped = name == "stop_gradient" or is_index
     if is_stopped and not own and origin.made == Made.DATA:
         # As if it were an argument: the ascent of `w + stop_gradient(step)`.
         return origin._replace(made=Made.RAW)
@@ -163,9 +166,10 @@ def _before(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
     if weak := NO_USES.union(*uses).difference(*([use for use in of_one if not use.weak] for of_one in uses)):
         certain = _before(step, [of_one - weak for of_one in uses], own)
         parts = [frozenset(use._replace(weak=False) for use in of_one & weak) for of_one in uses]
-        both = zip(certain, _before(step, parts, own), strict=True)
-        return [{*strong, *(use._replace(weak=True) for use in others)} for strong, others in both]
-    if not any(uses) or (step.name == "stop_gradient" and not own):
+        of_parts = [part | (of_one & {FOLLOWED}) for part, of_one in zip(parts, uses, strict=True)]
+        both = zip(certain, _before(step, of_parts, own), strict=True)
+        return [{*strong, *map(_weakened, others)} for strong, others in both]
+    if not any(of_one - {FOLLOWED} for of_one in uses) or (step.name == "stop_gradient" and not own):
         return [NO_USES] * len(step.ins)
     if step.name in LOOPS:
         return _loop_back(step, uses, own)
@@ -176,6 +180,10 @@ def _before(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
     return _with_roles(step, uses)
 
 
+def _weakened(use: Use) -> Use:
+    return use if use == FOLLOWED else use._replace(weak=True)
+
+
 def _with_roles(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
     """The uses of the arguments of an equation, with the roles of the weights that meet the data in it.
 
@@ -184,13 +192,13 @@ def _with_roles(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
     """
     is_followed = any(FOLLOWED in of_one for of_one in uses)
     found = [set(mine) for mine in uses_of_arguments(step, [of_one - {FOLLOWED} for of_one in uses])]
-    weights = [any(use.is_weight for use in mine) for mine in found]
+    met = [any(use.changes_data for use in mine) for mine in found]
     for number, mine in enumerate(found):
-        is_first = not any(origin.met for n, origin in enumerate(step.ins) if n != number)
+        is_first = not any(origin.met for origin in step.ins[:number] + step.ins[number + 1 :])
         role: Role = "output" if not is_followed else "input" if is_first else "hidden"
-        new = {use for use in mine if not use.role and (use.is_weight or use.how == "term")}
+        new = {use for use in mine if not use.role and (use.changes_data or use.how == "term")}
         found[number] = {*(mine - new), *(use._replace(role=role) for use in new)}
-        if is_followed or any(is_weight for n, is_weight in enumerate(weights) if n != number):
+        if mine and (is_followed or any(met[:number] + met[number + 1 :])):
             found[number].add(FOLLOWED)
     return list(found)
 
@@ -220,11 +228,13 @@ def _loop_back(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
     _, first, fixed, carried = loop_of(step.eqn)
     tape, slots, carry, end = step.bodies[0], step.outs[:carried], list(uses[:carried]), fixed + carried
     each = [frozenset(_of_one_round(use, id(step)) for use in of_one) for of_one in uses[carried:]]
-    for _ in range(MOST_ROUNDS):
+    rounds = 0
+    while rounds < MOST_ROUNDS:
         ins = read_back(tape, [*map(_entered, carry, tape.outs[:carried], slots), *each], own)
         joined = [a | b for a, b in zip(carry, ins[fixed:end], strict=True)]
         if joined == carry:
             break
+        rounds += list(map(_without_roles, joined)) != list(map(_without_roles, carry))
         carry = joined
     else:
         lost = Use("unclear", f"{step.name}: a loop reshapes it from round to round")
@@ -235,6 +245,11 @@ def _loop_back(step: Step, uses: list[Uses], own: bool) -> list[Iterable[Use]]:
         frozenset(_of_all_rounds(use, id(step), shape_of(var)) for use in of_one) for of_one, var in looped
     )
     return [*[NO_USES] * first, *ins[:fixed], *starts, *rows]
+
+
+def _without_roles(uses: Uses) -> Uses:
+    """In a line of delays a role takes a round for each. The rounds are bounded for what may never end."""
+    return frozenset(use._replace(role="") for use in uses) - {FOLLOWED}
 
 
 def _of_one_round(use: Use, loop: int) -> Use:
