@@ -105,7 +105,8 @@ def clip_norms(
         Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", ICML 2021,
         https://arxiv.org/abs/2102.06171, equation 3.
     """
-    wide = jnp.asarray(gradient).astype(_accumulator(gradient.dtype))
+    gradient = jnp.asarray(gradient)
+    wide = gradient.astype(_accumulator(gradient.dtype))
     squares = _sum_of_squares(wide, axes), _sum_of_squares(weights.astype(_accumulator(weights.dtype)), axes)
     if mesh_axes:
         squares = lax.psum(squares, mesh_axes)  # type: ignore[no-untyped-call]

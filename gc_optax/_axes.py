@@ -69,7 +69,8 @@ class WeightAxes:
             other weight before. `"output"`: they meet none afterwards. `"hidden"`: what lies between.
             `"weight"`: it is not known where. `"lookup"`: a table that data index into. Empty for all else,
             a bias for example. A weight has a role even where its `fan_in` is empty because it has a single
-            input, or because it is used in ways that differ. `infer_axes` has the definition.
+            input, or because several products with data sum over different axes. `infer_axes` has the
+            definition.
 
     Raises:
         TypeError: if `fan_in` or `fan_out` is not a tuple of ints.
@@ -310,7 +311,8 @@ def applicable(axes: WeightAxes, leaf: Any) -> WeightAxes:
         return left_alone("empty", axes.op, axes.role)
     fan_in = math.prod(leaf.shape[axis] for axis in axes.fan_in)
     if axes.fan_in and fan_in < 2:
-        return left_alone(f"fan-in {fan_in}: {NOTHING_LEFT}", axes.op, axes.role or "weight")
+        why = f"fan-in {fan_in}: {NOTHING_LEFT}"
+        return dataclasses.replace(axes, fan_in=(), why=why, role=axes.role or "weight")
     return axes
 
 

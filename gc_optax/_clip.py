@@ -11,7 +11,7 @@ from ._arithmetic import clip_norms
 from ._axes import Axes, Path, PyTree, WeightAxes, is_absent, is_array_like, is_float_array, is_inexact
 from ._mesh import PartitionSpecs, check, settle_shards
 from ._resolve import Settler, match
-from ._text import Wording, describe, place
+from ._text import Wording, at, describe, place
 
 _CLIPPING = Wording("adaptive_grad_clip(clipping, {})", "norm", "it is clipped as one")
 
@@ -39,8 +39,9 @@ def adaptive_grad_clip(
     Both norms go over the vector's inputs. Every index along another axis has a weight vector of its own, so
     a large gradient in one layer of a stack, or in one expert, scales no other one. A leaf without weight
     vectors is one vector, all of it: a bias, a scale, a lookup table, a kernel whose fan-in is 1, what `axes`
-    leaves alone. In a stack of biases, of shape (layers, features), that is the whole stack;
-    `WeightAxes(fan_in=(1,))` in its place keeps its layers apart.
+    leaves alone. Where its axes have a `fan_out`, though, only these are one vector, as in a stack of kernels
+    whose fan-in is 1. A stack of biases, of shape (layers, features), has none, and is one vector as a whole;
+    `WeightAxes(fan_in=(), fan_out=(1,))` in its place keeps its layers apart.
 
     `optax.adaptive_grad_clip` reads the axes off the rank. Where it reads them right, as on `Dense` and
     `Conv` of Flax that are not stacked, the results are the same to the last bit in float32 and float64.
@@ -125,7 +126,7 @@ def adaptive_grad_clip(
         matched = match("params", params, updates, prefix=False, whose="the updates")
         clipped = [
             clip_norms(leaf, _weights(path, leaf, given), clipping, eps, vector, mesh_axes)
-            if is_float_array(leaf) and leaf.size
+            if _has_entries(path, leaf)
             else leaf
             for (path, leaf, given), (vector, mesh_axes) in zip(matched, settled, strict=True)
         ]
@@ -136,8 +137,10 @@ def adaptive_grad_clip(
 
 def _require_not_negative(name: str, given: Any) -> None:
     """Raises an error where an argument is known and no number from 0 on."""
-    is_number = is_array_like(given) or isinstance(given, int | float)
-    if not is_number or np.shape(given) != ():
+    is_real = isinstance(given, int | float) or (
+        is_array_like(given) and jnp.issubdtype(given.dtype, jnp.number) and not jnp.iscomplexobj(given)
+    )
+    if not is_real or np.shape(given) != ():
         raise TypeError(f"{name} must be a number, got {describe(given)}")
     if not isinstance(given, jax.core.Tracer) and not float(given) >= 0:
         raise ValueError(f"{name} must be at least 0, got {float(given)}")
@@ -147,7 +150,16 @@ def _as_vectors(leaf: Any, weight: WeightAxes) -> WeightAxes:
     """The axes of one leaf of the updates, where it has no weight vectors those of a single one."""
     if weight.fan_in or not is_inexact(leaf) or 0 in leaf.shape:
         return weight
-    return WeightAxes(fan_in=tuple(range(len(leaf.shape))))
+    # Where it has a fan-in of 1, its axes have one entry each, and make no difference.
+    vector = [axis for axis, size in enumerate(leaf.shape) if size == 1 or axis in weight.fan_out]
+    return WeightAxes(fan_in=tuple(vector if weight.fan_out else range(len(leaf.shape))))
+
+
+def _has_entries(path: Path, leaf: Any) -> bool:
+    """Whether there is something to clip. To `jit` a number of Python is an array, so it must be one here."""
+    if isinstance(leaf, float | complex) and not is_array_like(leaf):  # NumPy's are both
+        raise TypeError(f"the gradient of {at(path)} must be an array, got {describe(leaf)}")
+    return is_float_array(leaf) and leaf.size > 0
 
 
 def _weights(path: Path, gradient: jax.Array, given: Any) -> jax.Array:

@@ -191,7 +191,7 @@ def _records(document: Any, name: str) -> list[Any]:
     """The lines of the parameters, which follow the header."""
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise ValueError(f"{name} was not written by gc_optax.save_axes: it has no format {_FORMAT!r}")
-    if document.get("version") != _VERSION:
+    if describe_leaf(document.get("version")) != str(_VERSION):  # to Python, `true` and 1.0 are 1
         raise ValueError(
             f"{name} has version {describe_leaf(document.get('version'))} of the format, and this gc_optax "
             f"reads version {_VERSION}. Write the file again with gc_optax.save_axes"

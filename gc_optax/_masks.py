@@ -8,9 +8,20 @@ import jax
 import optax
 from jax import tree_util as jtu
 
-from ._axes import Axes, AxesTree, Path, PyTree, WeightAxes, is_absent, is_axis, is_function
+from ._axes import (
+    Axes,
+    AxesTree,
+    Path,
+    PyTree,
+    WeightAxes,
+    is_absent,
+    is_array_like,
+    is_axis,
+    is_function,
+    is_inexact,
+)
 from ._resolve import as_weight_axes, settle, unboxed
-from ._text import at
+from ._text import at, describe
 
 
 @overload
@@ -38,8 +49,8 @@ def decay_mask(axes: Axes, *, lookups: bool = False) -> PyTree:
     is left to Adam).
 
     A kernel with a fan-in of one is a weight too: `centralize` leaves it alone, and weight decay does not.
-    What `infer_axes` could not read is not decayed, and `infer_axes` has warned of it. `conv_only` leaves
-    dense kernels alone, but weights they stay: they are decayed.
+    What `infer_axes` could not read is not decayed, and `infer_axes` has warned of it; nor is what is a bias
+    or a scale besides. `conv_only` leaves dense kernels alone, but weights they stay: they are decayed.
 
     Args:
         axes: what `centralize` takes: a tree of axes, a function from the parameters to such a tree, a
@@ -57,7 +68,8 @@ def decay_mask(axes: Axes, *, lookups: bool = False) -> PyTree:
 
     Raises:
         TypeError: if a leaf of `axes` is not one that `centralize` takes. The message names the place. For a
-            function, it comes from the mask.
+            function, it comes from the mask, which refuses a number too: `optax.inject_hyperparams` takes a
+            function for a schedule, unless it is told `static_args="mask"`, and calls it with the step.
         ValueError: from the mask that is made of a function, as from `centralize`.
 
     Example:
@@ -102,6 +114,11 @@ def decay_mask(axes: Axes, *, lookups: bool = False) -> PyTree:
 
 def _mask_of_params(axes: Axes, lookups: bool, params: PyTree) -> PyTree:
     """The mask in the structure of `params`, which the errors of `settle` name the leaves of."""
+    if is_array_like(params) and params.shape == () and not is_inexact(params):
+        raise TypeError(
+            f"the mask of decay_mask needs the parameters, got {describe(params)}. optax.inject_hyperparams "
+            'takes a function for a schedule, and calls it with the step: tell it static_args="mask"'
+        )
     settled = settle(params, axes, None, silent=True)
     leaves, structure = jax.tree.flatten(params, is_leaf=is_absent)
     pairs = zip(leaves, settled, strict=True)

@@ -205,7 +205,7 @@ def _settle_leaf(path: Path, leaf: Any, given: Any, keep: Any) -> WeightAxes:
     where = place(path, leaf)
     axes = as_weight_axes(given, where)
     if not _as_bool(keep, where):
-        return left_alone("masked out", op=axes.op)
+        return left_alone("masked out", axes.op, axes.role)
     axes = applicable(in_range(axes, leaf, where), leaf)
     if axes.fan_in and not is_known_to_jax(leaf.dtype):
         raise TypeError(f"{where}, is of dtype {leaf.dtype}, which JAX does not have")

@@ -1,6 +1,7 @@
 """The benchmarks of speed: they run, they measure what they say, and they print what they measured."""
 
 import importlib
+import inspect
 import io
 import json
 import os
@@ -15,6 +16,8 @@ import numpy as np
 import optax
 import pytest
 from rich.console import Console
+
+import gc_optax
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
@@ -269,3 +272,72 @@ def test_outside_jit_measures_imports_and_updates(load, monkeypatch, capsys, tmp
         updates, _ = update()
         assert len(updates) == 3
         assert all(abs(layer["kernel"]).max() == 0 for layer in updates.values())
+
+
+needs_galore = pytest.mark.skipif(not hasattr(optax.contrib, "galore"), reason="optax has it since 0.2.7")
+
+
+@needs_galore
+@pytest.mark.parametrize("scanned", [False, True])
+def test_what_is_inferred_of_the_model_of_the_rank_rules_is_what_is_written_by_hand(load, scanned):
+    on = load("rank_rules").model(scanned=scanned)
+    assert len(jax.tree.leaves(on.params)) == 20
+    said = jax.tree.map(lambda axes: (axes.fan_in, axes.fan_out, axes.role), on.inferred)
+    assert said == jax.tree.map(lambda axes: (axes.fan_in, axes.fan_out, axes.role), on.truth)
+
+
+@needs_galore
+def test_each_matrix_and_what_is_no_matrix_come_back_in_their_places(load):
+    rank_rules = load("rank_rules")
+    axes = {"kernel": gc_optax.WeightAxes((3,), (0, 2)), "bias": gc_optax.WeightAxes(())}
+    params = {"kernel": jnp.arange(120.0).reshape(2, 3, 4, 5), "bias": jnp.arange(3.0)}
+    shapes = []
+
+    def update(updates, state, params):
+        shapes.append(jax.tree.map(jnp.shape, updates, is_leaf=lambda leaf: isinstance(leaf, jax.Array)))
+        scaled = {"kernel": [n * w for n, w in enumerate(updates["kernel"])], "bias": -params["bias"]}
+        return scaled, state
+
+    each = rank_rules.each_matrix(optax.GradientTransformation(lambda params: (), update), axes)
+    updates, _ = each.update(params, each.init(params), params)
+    assert shapes == [{"kernel": [(5, 8)] * 3, "bias": (3,)}]
+    np.testing.assert_array_equal(updates["kernel"], params["kernel"] * np.arange(3)[:, None, None])
+    np.testing.assert_array_equal(updates["bias"], -params["bias"])
+
+
+@needs_galore
+def test_the_page_has_the_code_of_each_matrix_that_is_measured(load):
+    page = (BENCHMARKS.parent / "docs" / "one_tree.md").read_text()
+    assert inspect.getsource(load("rank_rules").each_matrix) in page
+
+
+@needs_galore
+def test_rank_rules_counts_what_is_wrong_and_names_it(load, monkeypatch, console):
+    rank_rules = load("rank_rules")
+    few = ("centralize", "adaptive_grad_clip", "decay mask, ndim > 1")
+    monkeypatch.setattr(rank_rules, "RULES", {name: rank_rules.RULES[name] for name in few})
+    rank_rules.report(rank_rules.measure(), console)
+    printed = rows(console)
+    assert ["centralize", "13 of 20", "0 of 20", "18 of 20", "0 of 20"] in printed
+    assert ["adaptive_grad_clip", "2 of 8", "0 of 8", "7 of 8", "0 of 8"] in printed
+    assert ["decay mask, ndim > 1", "5 of 20", "0 of 20", "10 of 20", "0 of 20"] in printed
+    assert ["layers/attention/out/kernel", "ps", "ps"] in printed
+    assert ["layers/attention/out/bias", "s", "s"] in printed
+    assert "divided by 24.0 (optax), 1.0 (gc_optax)" in console.file.getvalue()
+
+
+@needs_galore
+@pytest.mark.slow
+def test_the_page_has_the_counts_of_rank_rules(tmp_path):
+    numbers = tmp_path / "wrong.json"
+    finished = run("rank_rules.py", "--json", numbers)
+    assert finished.returncode == 0, finished.stderr
+    by_rule = json.loads(numbers.read_text())["rules"]
+    page = (BENCHMARKS.parent / "docs" / "one_tree.md").read_text()
+    table = re.search(r"^\| rule in optax \|(.*?)\n\n", page, re.M | re.S)[1].splitlines()[2:]
+    counts = [[int(cell.split()[0]) for cell in line.strip("| ").split(" | ")[1:]] for line in table]
+    assert counts == [
+        [len(of[ours]) for of in by_kind.values() for ours in ("optax", "gc_optax")]
+        for by_kind in by_rule.values()
+    ]
+    assert "head/kernel" in by_rule["muon, hidden weights"]["plain"]["optax"]

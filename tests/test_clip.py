@@ -178,8 +178,19 @@ def test_a_large_gradient_in_one_layer_or_expert_scales_no_other(name):
 def test_a_stack_of_biases_is_one_leaf_unless_its_axes_say_otherwise():
     gradient, weights = arrays(3, 8)
     assert np.ptp(clipped(gradient, weights, 0.01, WeightAxes(())) / gradient) < 1e-6
-    apart = clipped(gradient, weights, 0.01, WeightAxes(fan_in=(1,)))
+    apart = clipped(gradient, weights, 0.01, WeightAxes(fan_in=(), fan_out=(1,)))
     np.testing.assert_allclose(apart, oracle.clip(gradient, weights, 0.01, (1,)), rtol=2e-6)
+
+
+def test_a_stack_of_dense_layers_on_one_feature_is_one_vector_for_each_layer():
+    def model(w, x):
+        return jax.lax.scan(lambda x, w: (jnp.mean(x @ w, 1, keepdims=True), None), x, w)[0]
+
+    gradient, weights = arrays(3, 1, 8)
+    axes = infer_axes(model, weights, jnp.ones((5, 1)))
+    assert (axes.fan_in, axes.fan_out, axes.role) == ((), (2,), "hidden")
+    apart = oracle.clip(gradient, weights, 0.01, (1, 2))
+    np.testing.assert_allclose(clipped(gradient, weights, 0.01, axes), apart, rtol=2e-6)
 
 
 class LinenBlock(nn.Module):
@@ -645,11 +656,32 @@ def test_parameters_that_do_not_fit_are_named(params, message):
         ({"clipping": {"w": 0}}, TypeError, "clipping must be a number, got a dict with ['w']"),
         ({"clipping": jnp.ones(3)}, TypeError, "clipping must be a number, got an array of dtype float32"),
         ({"clipping": out_last}, TypeError, "clipping must be a number, got <function out_last"),
+        ({"clipping": np.array("x")}, TypeError, "clipping must be a number, got an array of dtype <U1"),
+        (
+            {"clipping": 0.1, "eps": jnp.array(1j)},
+            TypeError,
+            "eps must be a number, got an array of dtype comp",
+        ),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(arguments, error, message):
     with pytest.raises(error, match=re.escape(message)):
         adaptive_grad_clip(**arguments)
+
+
+def test_numbers_of_python_are_no_gradients():
+    optimizer = adaptive_grad_clip(0.1, {"w": None})
+    with pytest.raises(TypeError, match=r"the gradient of \['w'\] must be an array, got 5\.0"):
+        optimizer.update({"w": 5.0}, optax.EmptyState(), {"w": 1.0})
+    updates, _ = optimizer.update({"w": np.float64(5)}, optax.EmptyState(), {"w": np.float64(1)})
+    np.testing.assert_allclose(updates["w"], 0.1, rtol=1e-6)
+
+
+def test_arrays_of_numpy_are_taken_as_jax_takes_them():
+    ones = np.ones((3, 2))  # float64, which JAX has only if it is told to
+    updates, _ = adaptive_grad_clip(0.1, 0).update(ones, optax.EmptyState(), ones)
+    assert updates.dtype == jnp.float32
+    np.testing.assert_allclose(updates, 0.1, rtol=1e-6)
 
 
 def test_axes_and_specs_that_do_not_fit_are_refused_by_init():

@@ -463,6 +463,7 @@ def putting(key, value):
         (without("version"), "has version None of the format, and this gc_optax reads version 1"),
         (putting("version", 2), "has version 2 of the format, and this gc_optax reads version 1"),
         (putting("version", "1"), "has version '1' of the format"),
+        (putting("version", True), "has version True of the format"),
         (without("parameters"), "must hold a format, a version and a list of parameters, and nothing else"),
         (putting("parameters", {}), "must hold a format, a version and a list"),
         (putting("more", 1), "must hold a format, a version and a list"),

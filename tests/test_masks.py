@@ -457,6 +457,17 @@ def test_a_leaf_that_is_no_axes_is_refused_by_name(axes, message):
             )
 
 
+def test_a_mask_that_is_taken_for_a_schedule_is_refused():
+    kernel = {"kernel": jnp.ones((3, 2))}
+    settings = {"learning_rate": 1.0, "weight_decay": 0.1, "mask": decay_mask(out_last)}
+    with pytest.raises(TypeError, match=r"needs the parameters, got an array .* tell it static_args=.mask."):
+        optax.inject_hyperparams(optax.adamw)(**settings).init(kernel)
+    optimizer = optax.inject_hyperparams(optax.adamw, static_args="mask")(**settings)
+    zero = jax.tree.map(jnp.zeros_like, kernel)
+    updates, _ = optimizer.update(zero, optimizer.init(kernel), kernel)
+    np.testing.assert_allclose(updates["kernel"], -0.1, rtol=1e-6)
+
+
 def test_a_function_that_does_not_fit_the_parameters_is_refused_by_name():
     params = {"a": {"kernel": jnp.ones((2, 3))}}
     optimizer = optax.adamw(1e-3, mask=decay_mask(lambda params: {"a": {"kernel": 2}}))

@@ -257,3 +257,31 @@ def test_projections_are_those_of_the_whole_tree():
     stack, layers = jnp.stack(kernels(0)), kernels(0)
     for project in (optax.projections.projection_l1_ball, optax.projections.projection_l2_ball):
         np.testing.assert_allclose(project(stack), jnp.stack(project(layers)), rtol=1e-4, atol=1e-6)
+
+
+def test_galore_takes_one_specification_for_all_that_have_two_axes_or_more():
+    galore = optax.contrib.galore(RATE, 2, weight_dimension_numbers=optax.contrib.GaLoreDimensionNumbers())
+    with pytest.raises(ValueError, match="All axes must be specified"):
+        galore.init({"query": jnp.ones((4, 2, 3))})
+
+
+def test_what_has_no_mask_decays_weights_alone_by_the_recipes_of_the_page():
+    params = {"kernel": jnp.full((4, 6), 3.0), "bias": jnp.full(6, 3.0)}
+    gradients = {"kernel": jnp.asarray(kernels(1)[0], jnp.float32), "bias": jnp.ones(6)}
+    recipes = re.search(r"^without_mask = \[.*?^\]", PAGE, re.M | re.S)[0]
+
+    def two_steps(decay):
+        given = {"optax": optax, "rate": RATE, "decay": decay, "mask": {"kernel": True, "bias": False}}
+        exec(recipes, given)
+        of_each = []
+        for optimizer in given["without_mask"]:
+            now, state = params, optimizer.init(params)
+            for _ in range(2):
+                updates, state = optimizer.update(gradients, state, now)
+                now = optax.apply_updates(now, updates)
+            of_each.append(now)
+        return of_each
+
+    for plain, decayed in zip(two_steps(0.0), two_steps(0.5), strict=True):
+        assert np.abs(plain["kernel"] - decayed["kernel"]).max() > 0
+        np.testing.assert_allclose(plain["bias"], decayed["bias"], rtol=1e-6)

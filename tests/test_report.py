@@ -274,6 +274,8 @@ def test_summarize_works_on_shapes_and_with_a_mask():
     params = {"w": jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32)}
     assert "masked out" in summarize(params, {"w": 0}, mask={"w": False})
     assert "1,048,576" in summarize(params, {"w": 0})
+    last = WeightAxes((0,), (1,), role="output")
+    assert "  output  masked out" in summarize(params, {"w": last}, mask={"w": False})
 
 
 def test_summarize_of_one_array_of_nothing_and_of_brackets():

@@ -64,8 +64,8 @@ class Use(NamedTuple):
     base: str = ""
     # Whether only a scale of a whole kernel is computed so, as a spectral norm is: other uses count more.
     weak: bool = False
-    # Where in the model the data meet it, for a kernel or a term: before other weights, behind, or between. And
-    # "lookup", for what is certainly no kernel, but a table.
+    # Where in the model the data meet it, for a kernel or a term: before other weights, behind, or between.
+    # And "lookup", for what is certainly no kernel, but a table.
     role: Role = ""
 
     @property

@@ -194,6 +194,17 @@ def what_modulates_a_weight_is_followed_by_it(p, x):
     return x @ (p["a"] * jnp.tanh(x[0] @ p["style"])[:, None])
 
 
+@case(style="input", head="hidden", a="input", b="output")
+def a_number_of_data_that_scales_a_weight(p, x):
+    style = jax.nn.sigmoid(jnp.tanh(x[0] @ p["style"]) @ p["head"])[0]
+    return jnp.tanh(x @ (p["a"] * style)) @ p["b"]
+
+
+@case(style="input", a="output")
+def a_norm_of_data_that_divides_a_weight(p, x):
+    return x @ (p["a"] / jnp.linalg.norm(x @ p["style"]))
+
+
 @case(a="input", scale="", b="output")
 def a_scale_that_a_mean_is_taken_with(p, x):
     h = jnp.tanh(x @ p["a"]) * p["scale"][0]
@@ -238,6 +249,53 @@ def test_to_its_neighbours_a_convolution_tap_by_tap_is_no_weight():
         return taps(p["b"], jnp.tanh(taps(p["a"], x) @ p["c"]))
 
     assert roles(between, dict.fromkeys("abc", SQUARE), X) == {"a": "input", "b": "output", "c": "output"}
+
+
+@pytest.mark.parametrize("states", [2, 15, 16, 40])
+def test_a_line_of_delays_hands_the_role_through_all_of_it(states):
+    def delays(p, x):
+        def step(state, xt):
+            return (jnp.tanh(xt @ p["a"]), *state[:-1]), state[-1] @ p["b"]
+
+        return jax.lax.scan(step, (jnp.zeros(6),) * states, x)
+
+    assert roles(delays, dict.fromkeys("ab", SQUARE), X) == {"a": "input", "b": "output"}
+
+
+def test_a_line_of_stages_is_read_in_full():
+    stages = 24
+
+    def pipeline(p, x):
+        def step(state, xt):
+            first = jnp.tanh(xt @ p["a"] + state[0] * p["gates"][0])
+            rest = [jnp.tanh(state[n - 1] + state[n] * p["gates"][n]) for n in range(1, stages)]
+            return [first, *rest], rest[-1] @ p["b"]
+
+        return jax.lax.scan(step, [p["start"][n] for n in range(stages)], x)
+
+    params = {"a": SQUARE, "b": SQUARE, "gates": f32(stages, 6), "start": f32(stages, 6)}
+    assert roles(pipeline, params, X) == {"a": "input", "b": "output", "gates": "", "start": ""}
+
+
+def test_experts_have_one_role_however_they_are_chosen():
+    def picked(p, x, chosen):
+        return jnp.einsum("bd,bdf->bf", x, p["experts"][chosen])
+
+    def dispatched(p, x, chosen):
+        masked = jnp.einsum("be,bd->ebd", jax.nn.one_hot(chosen, 3), x)
+        return jnp.einsum("ebd,edf->bf", masked, p["experts"])
+
+    def sorted_by_expert(p, x, chosen):
+        return jax.lax.ragged_dot(x[jnp.argsort(chosen)], p["experts"], jnp.bincount(chosen, length=3))
+
+    for experts in (picked, dispatched, sorted_by_expert):
+
+        def model(p, x, experts=experts):
+            chosen = jnp.argmax(x @ p["router"], axis=1)
+            return jnp.tanh(experts(p, x, chosen)) @ p["b"]
+
+        params = {"router": f32(6, 3), "experts": f32(3, 6, 6), "b": SQUARE}
+        assert roles(model, params, X) == {"router": "", "experts": "input", "b": "output"}, experts
 
 
 # The same where the function closes over its batch.

@@ -62,6 +62,11 @@ def test_uses_that_disagree_leave_a_weight_alone_and_are_all_named(case):
     assert "dot_general over axis" in axes.why
 
 
+def test_the_order_of_the_uses_is_that_of_their_axes():
+    axes = infer_axes(lambda w, x: x @ w.T @ w @ w, f32(4, 4), x)
+    assert axes.why == "used in more than one way: dot_general over axis 0; dot_general over axis 1"
+
+
 # What is not certain.
 
 
