@@ -190,7 +190,9 @@ class WeightAxes:
             >>> state = optimizer.init({name: jnp.ones(shape) for name, shape in shapes.items()})
 
             `infer_axes` reads such a tree off the model, the roles included. A convention knows no roles but
-            `"weight"` and `"lookup"`; `jax.tree.map(WeightAxes.to_muon, axes)` takes all matrices.
+            `"weight"` and `"lookup"`; `jax.tree.map(WeightAxes.to_muon, axes)` takes all matrices. A tree
+            that is an Equinox module goes into a function, `lambda params: matrices`: optax calls what is
+            callable, and a module is.
 
         References:
             Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
@@ -208,7 +210,8 @@ class WeightAxes:
         scanned layers that is all of the layers. The example has what to do instead. Batch axes are found
         where the rank is known, as in what `infer_axes` returns, and where the axes show them: axis 0 of
         `WeightAxes((1,), (2,))`. Where there is neither, as in `WeightAxes((0,), (1,))` for a parameter with
-        a third axis, `galore` raises a `ValueError`.
+        a third axis, `galore` raises a `ValueError`. It takes no `None` among the parameters, as a filtered
+        module of Equinox has: give it their leaves, `jax.tree.leaves(params)`, as a list.
 
         Returns:
             `GaLoreDimensionNumbers(fan_in, fan_out)`, or `None`, which leaves the parameter to Adam, where
