@@ -128,6 +128,7 @@ def expected_update(axes, gradient):
     return update.reshape(turned.shape).transpose(np.argsort(axes.fan_in + axes.fan_out))
 
 
+@pytest.mark.slow
 @needs_galore
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_the_matrices_of_a_model_are_projected_and_nothing_else(build):
