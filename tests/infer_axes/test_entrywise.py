@@ -337,6 +337,17 @@ def test_what_is_computed_in_two_ways_is_not_one_array(name):
     assert fan_in_of(OTHER_ARRAYS[name], f32(2, 4), x, x) == ALONE
 
 
+CLOSED_MASK = np.float32(np.tri(4))
+
+
+def test_a_mask_that_is_closed_over_is_no_data_beside_the_weight():
+    def network(p):
+        return jnp.tanh(x @ p["a"]) @ (p["b"] * CLOSED_MASK)
+
+    assert fan_in_of(network, {"a": f32(4, 4), "b": f32(4, 4)}) == {"a": (0,), "b": (0,)}
+    assert fan_in_of(lambda w, x: jnp.convolve(x[0], w * CLOSED_MASK[3]), f32(4), x) == (0,)
+
+
 def test_outputs_that_are_summed_too_are_no_fan_out():
     with pytest.warns(UserWarning, match="axis 1 reduced before it meets the data"):
         assert fan_in_of(lambda w, x: (x[:, :, None] * w).sum((1, 2)), dense, x) == ALONE

@@ -62,6 +62,13 @@ def test_uses_that_disagree_leave_a_weight_alone_and_are_all_named(case):
     assert "dot_general over axis" in axes.why
 
 
+def test_a_penalty_by_an_operation_that_cannot_be_read_is_no_use():
+    def loss(w, x):
+        return jnp.sum(x @ w) + 1e-3 * jnp.sum(jnp.cumsum(w, axis=0))
+
+    assert infer_axes(loss, f32(4, 4), x).fan_in == (0,)
+
+
 def test_the_order_of_the_uses_is_that_of_their_axes():
     axes = infer_axes(lambda w, x: x @ w.T @ w @ w, f32(4, 4), x)
     assert axes.why == "used in more than one way: dot_general over axis 0; dot_general over axis 1"
