@@ -155,7 +155,7 @@ def test_a_table_of_the_axes():
     model = Model(nnx.Rngs(0))
     axes = gc_optax.nnx.infer_axes(loss, model, x, y)
     table = gc_optax.summarize(nnx.state(model, nnx.Param), axes, gradients=nnx.grad(loss)(model, x, y))
-    assert "conv/kernel" in table
+    assert any(line.startswith("conv/kernel ") for line in table.splitlines())  # its box is no name
     assert "6 of 14 parameters are centralized" in table
 
 
