@@ -1,6 +1,5 @@
 """Adaptive gradient clipping: equal to optax's where that is right, and right where it is not."""
 
-import inspect
 import math
 import re
 import warnings
@@ -40,7 +39,18 @@ def clipped(gradients, params, *args, **options):
 
 # Equal to optax's, where that is right
 
-HAS_RANK_5 = "axis" in inspect.signature(optax.adaptive_grad_clip).parameters  # since 0.2.7
+
+def optax_takes_rank_5():
+    """Whether this version of optax knows convolutions of three dimensions."""
+    kernel = jnp.ones((2, 2, 2, 2, 2))
+    try:
+        optax.adaptive_grad_clip(1.0).update(kernel, optax.EmptyState(), kernel)
+    except ValueError:
+        return False
+    return True
+
+
+HAS_RANK_5 = optax_takes_rank_5()
 # Shape and fan-in.
 RIGHT_IN_OPTAX = {
     "dense": ((17, 6), (0,)),
