@@ -64,6 +64,8 @@ def warnings_of(params, *args, **kwargs):
         ("block1a_dwconv/kernel", (3, 3, 16, 1), (0, 1), (3,)),
         ("conv2_d_transpose/w", (3, 3, 32, 16), (0, 1, 3), (2,)),
         ("conv_nd_transpose/w", (3, 3, 32, 16), (0, 1, 3), (2,)),
+        ("conv1_d_transpose/w", (3, 32, 16), (0, 2), (1,)),
+        ("conv3_d_transpose/w", (3, 3, 3, 32, 16), (0, 1, 2, 4), (3,)),
         ("conv2d_transpose/kernel", (3, 3, 32, 16), (0, 1, 3), (2,)),
         ("Conv2DTranspose/kernel", (3, 3, 32, 16), (0, 1, 3), (2,)),
         ("ConvTranspose_0/kernel", (3, 3, 16, 32), (0, 1, 2), (3,)),
@@ -314,6 +316,8 @@ def test_the_default_is_right_or_warns_in_every_row_of_the_table_in_the_readme()
         ("GATConv_0/kernel", (64, 8, 16), False),
         ("triplane/features", (512, 512, 3, 32), False),
         ("patch_embed/kernel", (16, 16, 3, 768), True),
+        ("patch_embed/kernel", (16, 16, 4, 768), True),  # with an alpha channel
+        ("patch_embed/kernel", (16, 16, 5, 768), False),
         ("Conv_0/kernel", (12, 3, 3, 8, 16), True),
         ("downconv/kernel", (2, 2, 8, 16), True),
         ("attn/kv_einsum/kernel", (2, 4, 2304, 256), False),

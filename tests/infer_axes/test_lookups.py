@@ -40,6 +40,14 @@ def routed(w, i, x):
     return jnp.einsum("te,td,edf->tf", jax.nn.one_hot(i, 2), x, w)
 
 
+def test_what_is_one_hot_along_a_dimension_in_the_middle_is_a_table():
+    def looked_up(table, indices):
+        hot = jnp.arange(10)[None, :, None] == indices[:, None, :]
+        return jnp.einsum("bev,ed->bvd", hot.astype(jnp.float32), table)
+
+    assert fan_in_of(looked_up, f32(10, 4), jnp.arange(6).reshape(2, 3)) == ALONE
+
+
 rows = jnp.array([0, 1, 1])
 PICKED = [
     Case(
