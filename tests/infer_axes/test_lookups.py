@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ALONE, Case, check, dense, f32, named, tokens, x
+from cases import ALONE, Case, check, dense, f32, fan_in_of, named, tokens, x
 from jax import lax
 
 TABLES = [
