@@ -11,7 +11,7 @@ A dimension may come from several, so it is a row of pieces, the slowest first, 
 import collections
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -230,12 +230,14 @@ def _resized(pieces: Dim, size: int, row: Hashable) -> Dim:
 # From the uses of the parts of an array to those of the array.
 
 
-def put_together(uses: Iterable[Use], shape: Shape) -> Uses:
+def put_together(uses: Collection[Use], shape: Shape) -> Uses:
     """The uses of an array, from those of its parts.
 
     In `x @ jnp.stack([w[0], w[1], w[2]])` each `w[k]` is a piece of one row, and together they are all of
     `w`: dimension 0 is contracted. In `x @ w[:4] + z @ w[4:]` only a part of it is, each time.
     """
+    if not any(use.window or use.role for use in uses):
+        return frozenset(uses)
     parts = collections.defaultdict[tuple[Use, tuple[int, ...]], set[tuple[Window, Role]]](set)
     for use in uses:
         cut, alike = tuple(dim for dim, _, _ in use.window), use._replace(role="")

@@ -194,10 +194,10 @@ def _with_roles(step: Step, uses: list[Uses]) -> list[Iterable[Use]]:
     found = [set(mine) for mine in uses_of_arguments(step, [of_one - {FOLLOWED} for of_one in uses])]
     met = [any(use.changes_data for use in mine) for mine in found]
     for number, mine in enumerate(found):
-        is_first = not any(origin.met for origin in step.ins[:number] + step.ins[number + 1 :])
-        role: Role = "output" if not is_followed else "input" if is_first else "hidden"
-        new = {use for use in mine if not use.role and (use.changes_data or use.how == "term")}
-        found[number] = {*(mine - new), *(use._replace(role=role) for use in new)}
+        if new := {use for use in mine if not use.role and (use.changes_data or use.how == "term")}:
+            is_first = not any(origin.met for origin in step.ins[:number] + step.ins[number + 1 :])
+            role: Role = "output" if not is_followed else "input" if is_first else "hidden"
+            found[number] = {*(mine - new), *(use._replace(role=role) for use in new)}
         if mine and (is_followed or any(met[:number] + met[number + 1 :])):
             found[number].add(FOLLOWED)
     return list(found)
