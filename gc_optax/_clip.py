@@ -150,9 +150,8 @@ def _as_vectors(leaf: Any, weight: WeightAxes) -> WeightAxes:
     """The axes of one leaf of the updates, where it has no weight vectors those of a single one."""
     if weight.fan_in or not is_inexact(leaf) or 0 in leaf.shape:
         return weight
-    # Where it has a fan-in of 1, its axes have one entry each, and make no difference.
-    vector = [axis for axis, size in enumerate(leaf.shape) if size == 1 or axis in weight.fan_out]
-    return WeightAxes(fan_in=tuple(vector if weight.fan_out else range(len(leaf.shape))))
+    # Where it has a fan-in of 1, these axes have one entry each, and make no difference.
+    return WeightAxes(fan_in=weight.fan_out or tuple(range(len(leaf.shape))))
 
 
 def _has_entries(path: Path, leaf: Any) -> bool:

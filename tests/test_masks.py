@@ -463,6 +463,7 @@ def test_a_mask_that_is_taken_for_a_schedule_is_refused():
     with pytest.raises(TypeError, match=r"needs the parameters, got an array .* tell it static_args=.mask."):
         optax.inject_hyperparams(optax.adamw)(**settings).init(kernel)
     optimizer = optax.inject_hyperparams(optax.adamw, static_args="mask")(**settings)
+    assert decay_mask(out_last)(jnp.arange(3)) is False, "a single array of counts is a tree like others"
     zero = jax.tree.map(jnp.zeros_like, kernel)
     updates, _ = optimizer.update(zero, optimizer.init(kernel), kernel)
     np.testing.assert_allclose(updates["kernel"], -0.1, rtol=1e-6)
