@@ -42,8 +42,9 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
     a model is an output. Biases, scales and positions are no weights: the data have met nothing in them. A
     weight with several uses is an input or an output if it is one in all of them; layers that share an
     array, as under `nn.scan`, are hidden together. A table, also one that is tied to the output layer, is a
-    `"lookup"`. Only what the gradient goes through counts: frozen weights and computed indices are data like
-    others, and what lies behind a `stop_gradient` does not follow. `docs/one_tree.md` has examples.
+    `"lookup"`. What is a bias or a scale besides has no role. Only what the gradient goes through counts:
+    frozen weights and computed indices are data like others, and what lies behind a `stop_gradient` does not
+    follow. `docs/one_tree.md` has examples.
 
     Only what the gradient goes through counts as a use. Arrays that `fn` closes over may be data or
     constants: as far as that matters and cannot be told, a warning says so, so give the batch as an argument.
