@@ -56,27 +56,6 @@ def test_quickstart_reports_runs_that_diverge(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
-def test_quickstart_reports_what_it_is_given(capsys):
-    quickstart = runpy.run_path(str(QUICKSTART))
-    curve = quickstart["Curve"]
-    curves = {
-        "adam alone": [curve([1.0, 0.5], [0.1, 0.90], 1.0), curve([1.0, 0.7], [0.1, 0.92], 3.0)],
-        "gc_optax.centralize": [curve([1.0, 0.4], [0.1, 0.80], 2.0), curve([1.0, 0.4], [0.1, 0.92], 2.0)],
-        "optax.centralize": [curve([1.0, 0.2], [0.1, 0.95], 2.0), curve([1.0, 0.4], [0.1, 0.93], 2.0)],
-    }
-    quickstart["report"](curves, "title", 50, Console(width=200))
-    printed = capsys.readouterr().out
-    cells = [re.split(r" *│ *", line)[1:-1] for line in printed.splitlines() if line.startswith("│")]
-    assert cells == [
-        ["adam alone", "0.60000 ± 0.14142", "91.00 ± 1.41", "2.00 ± 1.41"],
-        ["gc_optax.centralize", "0.40000 ± 0.00000", "86.00 ± 8.49", "2.00 ± 0.00"],
-        ["optax.centralize", "0.30000 ± 0.14142", "94.00 ± 1.41", "2.00 ± 0.00"],
-    ]
-    assert "one of the 50 test images is 2.00 points" in printed
-    assert "gc_optax.centralize: -5.00 points; higher with 0 of 2 seeds, lower with 1" in printed
-    assert "optax.centralize: +3.00 points; higher with 2 of 2 seeds, lower with 0" in printed
-
-
 @pytest.mark.parametrize(
     ("script", "option", "value", "message"),
     [

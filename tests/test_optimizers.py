@@ -251,7 +251,7 @@ def test_axes_among_the_arguments_of_optax_are_refused(given):
         optimizers.adamw(*arguments, **keywords)
 
 
-@pytest.mark.parametrize("arguments", [{"b1": centralize(AXES)}, {"nesterov": centralize()}], ids=str)
+@pytest.mark.parametrize("arguments", [{"b1": centralize(AXES)}, {"nesterov": centralize()}], ids=list)
 def test_a_centralization_among_the_arguments_of_optax_is_refused(arguments):
     with pytest.raises(TypeError, match=re.escape("that has a name: adamw(1e-3, centralization=")):
         optimizers.adamw(1e-3, **arguments)

@@ -1,0 +1,268 @@
+"""What the examples share: Ctrl-C, the command line, the progress bar, and a comparison's table and picture.
+
+Nothing here is about gradient centralization. An example trains one model in a few ways, its *arms*, with the
+same seeds for each: every arm starts from the same weights and sees the same data in the same order. It hands
+what it measures to a `Comparison`:
+
+    comparison = Comparison("MLP on digits", ["adam alone", "adam with GC"], seeds=5, points=range(1, 21))
+    with comparison.measuring(console):
+        ...
+        comparison.add("adam alone", seed, {"loss": 0.02, "accuracy, %": 97.5})  # after every epoch
+    comparison.report(console, {"loss": 4, "accuracy, %": 2}, compare="accuracy, %")
+    comparison.draw(["loss", "accuracy, %"], output)
+
+Import it before anything that takes long to import: from then on Ctrl-C ends the program in one line.
+"""
+
+import sys
+
+
+def end_in_one_line(kind, error, traceback):
+    """Python's way to tell of an error, but that Ctrl-C is none."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nStopped by Ctrl-C.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+# Before the imports that take seconds.
+sys.excepthook = end_in_one_line
+
+# ruff: noqa: E402
+import argparse
+import contextlib
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from scipy import stats
+
+COLORS = ("#666666", "#0072b2", "#d55e00", "#009e73")  # apart for colour-blind readers too
+
+
+def positive_integer(text: str) -> int:
+    """An argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def positive_number(text: str) -> float:
+    """An argument that is a rate."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return number
+
+
+def picture_path(text: str) -> pathlib.Path:
+    """A path that the picture can be written to: found out before the training, not after it."""
+    path = pathlib.Path(text)
+    formats = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix[1:] not in formats:
+        raise argparse.ArgumentTypeError(f"{text} must end in one of {', '.join(formats)}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.absolute().parent}")
+    was_there = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from error
+    if not was_there:
+        path.unlink()
+    return path
+
+
+def existing_folder(text: str) -> pathlib.Path:
+    """A folder that is there."""
+    path = pathlib.Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.absolute()}")
+    return path
+
+
+def make_parser(description: str, *, output: str, seeds: int) -> argparse.ArgumentParser:
+    """A command line with what every example takes: `--seeds` and `--output`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--seeds", type=positive_integer, default=seeds, help="runs of each arm")
+    parser.add_argument("--output", type=picture_path, default=output, help="where the picture goes")
+    return parser
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, total: int, unit: str) -> Iterator[tuple[Progress, int]]:
+    """A bar with the time left, and the task on it; a narrow terminal has no room for what is going on."""
+    columns = [BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()]
+    if console.width >= 80:
+        columns.append(TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as progress:
+        yield progress, progress.add_task("compiling", total=total)
+
+
+def print_table(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table; on a terminal that is too narrow for it, one line for each cell, under the row's name."""
+    table = Table(title=title, title_justify="left")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    if Measurement.get(console, console.options.update(max_width=1000), table).maximum <= console.width:
+        console.print(table)
+        return
+    console.print(title)
+    for name, *cells in rows:
+        console.print(name)
+        for heading, cell in zip(headings[1:], cells, strict=True):
+            console.print(f"  {heading}: {cell}")
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation over the seeds; the mean alone where there is one seed."""
+    with np.errstate(invalid="ignore"):  # of runs that diverged
+        mean, deviation = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else None
+    return f"{mean:.{digits}f}" if deviation is None else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def difference(values: Sequence[float], others: Sequence[float], digits: int) -> str:
+    """How far `values` lie from `others`, seed by seed, and whether the seeds are enough to tell."""
+    with np.errstate(invalid="ignore"):
+        differences = np.subtract(values, others)
+    if not np.isfinite(differences).all():
+        return "no comparison, a run has diverged"
+    mean = round(differences.mean(), digits) + 0.0  # no "-0.00"
+    if len(differences) == 1:
+        return f"{mean:+.{digits}f} on one seed, which shows nothing: another may turn it round"
+    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
+    low, high = differences.mean() - half, differences.mean() + half
+    verdict = "" if low > 0 or high < 0 else "; it holds 0: no difference shown"
+    return f"{mean:+.{digits}f} (95 % interval {low:+.{digits}f} to {high:+.{digits}f}{verdict})"
+
+
+class Comparison:
+    """What is measured of every arm with every seed, at the same points of its training.
+
+    Args:
+        title: of the table and of the picture.
+        arms: their names, the one without gradient centralization first.
+        seeds: how many runs each arm has.
+        points: where each run is measured, for example after epochs 1 to 20.
+        unit: what the points count.
+    """
+
+    def __init__(
+        self, title: str, arms: Sequence[str], *, seeds: int, points: Sequence[int], unit: str = "epochs"
+    ):
+        self.title, self.arms, self.seeds, self.points, self.unit = title, list(arms), seeds, points, unit
+        self.stopped = False
+        # curves[arm][seed][metric] has one number for each point that the run has reached.
+        self.curves: dict[str, list[dict[str, list[float]]]] = {arm: [] for arm in arms}
+
+    @contextlib.contextmanager
+    def measuring(self, console: Console) -> Iterator[None]:
+        """Shows a progress bar, and catches Ctrl-C: what was measured until then can be reported."""
+        total = len(self.arms) * self.seeds * len(self.points)
+        try:
+            with progress_bar(console, total, self.unit) as (self._progress, self._bar):
+                yield
+                self._progress.update(self._bar, description="done")
+        except KeyboardInterrupt:
+            if not any(self.curves.values()):
+                raise
+            self.stopped = True
+            console.print("Stopped by Ctrl-C. What was measured until then:")
+
+    def add(self, arm: str, seed: int, measured: Mapping[str, float]) -> None:
+        """Notes what was measured at the next point of the run of `arm` with `seed`."""
+        if seed == len(self.curves[arm]):
+            self.curves[arm].append({metric: [] for metric in measured})
+        for metric, value in measured.items():
+            self.curves[arm][seed][metric].append(float(value))
+        self._progress.update(self._bar, advance=1, description=f"seed {seed + 1}: {arm}")
+
+    def at_end(self, metric: str) -> dict[str, list[float]]:
+        """The last value of `metric` in each run, over the seeds that all arms have finished."""
+        finished = self._finished_seeds()
+        return {arm: [run[metric][-1] for run in runs[:finished]] for arm, runs in self.curves.items()}
+
+    def report(self, console: Console, metrics: Mapping[str, int], *, compare: str) -> None:
+        """Prints the table of `metrics` (each with its number of decimals), and how the arms compare.
+
+        Of a run that was stopped, the seeds count that every arm has finished. If there is none, the table
+        shows how far each arm has come.
+        """
+        seeds = self._finished_seeds()
+        if not seeds:
+            rows = []
+            for arm, runs in self.curves.items():
+                last = runs[0] if runs else {}
+                reached = self.points[len(last[compare]) - 1] if last else 0
+                cells = [
+                    f"{last[metric][-1]:.{digits}f}" if last else "-" for metric, digits in metrics.items()
+                ]
+                rows.append([arm, f"{reached} of {self.points[-1]}", *cells])
+            print_table(console, self.title, ["arm", self.unit, *metrics], rows)
+            console.print("No seed is finished in every arm: nothing to compare.")
+            return
+        rows = [
+            [arm, *(spread(self.at_end(metric)[arm], digits) for metric, digits in metrics.items())]
+            for arm in self.arms
+        ]
+        print_table(console, self.title, ["arm", *metrics], rows)
+        of = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "1 seed"
+        console.print(f"{of}, after {self.points[-1]} {self.unit}")
+        first, *others = self.arms
+        values = self.at_end(compare)
+        console.print(f"{compare}, against {first}, seed by seed:")
+        for arm in others:
+            console.print(f"  {arm}: {difference(values[arm], values[first], metrics[compare])}")
+
+    def draw(self, metrics: Sequence[str], output: pathlib.Path, *, log: Sequence[str] = ()) -> None:
+        """Saves a picture of `metrics`: the mean of the seeds as a line, their range as a band.
+
+        The metrics in `log` get a logarithmic axis. Of a run that was stopped, each arm is drawn as far as
+        its first seed, or all of its finished ones, have come.
+        """
+        figure = Figure(figsize=(5.5 * len(metrics), 4.5), layout="constrained")
+        figure.suptitle(self.title)
+        for metric, axes in zip(metrics, np.atleast_1d(figure.subplots(1, len(metrics))), strict=True):
+            for (arm, runs), color in zip(self.curves.items(), COLORS, strict=False):
+                kept = runs[: max(1, self._finished_seeds())]
+                if not kept:
+                    continue
+                curves = np.array([run[metric] for run in kept])
+                points = self.points[: curves.shape[1]]
+                axes.plot(points, curves.mean(0), color=color, label=arm, marker="o", markersize=3)
+                axes.fill_between(points, curves.min(0), curves.max(0), color=color, alpha=0.15, linewidth=0)
+            axes.set(xlabel=self.unit, ylabel=metric)
+            drawn = [value for runs in self.curves.values() for run in runs for value in run[metric]]
+            if metric in log and any(0 < value < np.inf for value in drawn):
+                axes.set_yscale("log")
+            axes.grid(alpha=0.3)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        bands = "line: mean of the seeds, band: their range" if self._finished_seeds() > 1 else None
+        axes.legend(title=bands)
+        figure.savefig(output, dpi=130)
+
+    def finish(self, console: Console, output: pathlib.Path) -> None:
+        """Says where the picture is, and ends the program as a stopped one where it was stopped."""
+        console.print(f"The picture is in {output.absolute()}", soft_wrap=True)
+        if self.stopped:
+            raise SystemExit(130)
+
+    def _finished_seeds(self) -> int:
+        """How many seeds every arm has finished."""
+        done = [
+            sum(all(len(values) == len(self.points) for values in run.values()) for run in runs)
+            for runs in self.curves.values()
+        ]
+        return min(done)
