@@ -310,7 +310,7 @@ def _warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes], wordin
             "by default gc_optax reads the axes off names and shapes (out_last: every axis but the last "
             "is fan-in). These kernels have more than one reading: a convolution, a fused projection, a "
             "stack of layers. The reading taken is\n" + joined_lines(doubtful) + "\n"
-            f"Settle it exactly with {wording.call.format('gc_optax.infer_axes(loss, params, batch)')}, "
+            f"Settle it exactly with {wording.call.format(wording.exact)}, "
             "which reads the axes off the model, or with a tree of axes of your own; or accept this reading "
             f"silently with {wording.call.format('gc_optax.out_last')}.",
             UserWarning,

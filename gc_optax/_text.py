@@ -19,13 +19,14 @@ class Wording(NamedTuple):
     call: str  # what a user writes, around what it is called with
     statistic: str  # what it takes of a weight vector
     without_axes: str  # what it does to a vector in which there are no weight vectors
+    exact: str = "gc_optax.infer_axes(loss, params, batch)"  # what reads the axes off the model
 
 
 CENTRALIZING = Wording("centralize({})", "mean", "nothing is centralized")
 
 
 # Whose functions may stand between a user's line and ours: `jax.jit`, `nnx.Optimizer`, the `init` of a chain.
-_LIBRARIES = ("gc_optax", "optax", "jax", "flax", "contextlib", "equinox")
+_LIBRARIES = ("gc_optax", "optax", "jax", "flax", "contextlib", "equinox", "keras")
 
 
 def place(path: Path | str, leaf: Any) -> str:
