@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -64,8 +65,9 @@ def centralized(
             `LossScaleOptimizer`, the optimizer inside is centralized, which sees the gradients unscaled.
         axes: which axes are the inputs of a weight vector. What `gc_optax.keras.infer_axes` returns, or
             another dict with an entry for each trainable variable under its `path`; where several have one
-            path, they are `path/0`, `path/1` and so on, in the order of `model.trainable_variables`. A list
-            in that order fits all models that are built alike, whatever Keras calls them. An entry is what
+            path, they are `path/0`, `path/1` and so on, in the order of `model.trainable_variables`. The
+            first step of the paths, the name of the model, need not be the same. Or a list in that order,
+            which fits whatever layers are called. An entry is what
             `gc_optax.centralize` takes for a leaf. Or a function from a dict of arrays to one of axes. By
             default it is the convention `out_last`, which reads the names of Keras's layers, with a warning
             of what it cannot settle.
@@ -207,7 +209,7 @@ class _Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
             settled = _settle(variables, given.axes)
             self._fan_in = _fan_in(variables, settled)
             if isinstance(given.axes, dict):
-                # A model that is loaded may get another name, and all of its paths begin with that.
+                # In a model that is loaded, layers without a name of their own may have other names.
                 self._centralization = dataclasses.replace(given, axes=settled)
         super().build(variables)
 
@@ -220,15 +222,15 @@ class _Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         super().apply(grads, trainable_variables)
 
     def _without_means(self, grads: Sequence[Any], variables: Sequence[Any] | None) -> list[Any]:
-        # What does not fit (no variables yet, too few gradients) is for Keras to refuse.
-        fan_in = (
-            self._fan_in
-            if self.built
-            else _fan_in(variables or [], _settle(variables or [], self._centralization.axes))
-        )
+        if self.built:
+            fan_in = self._fan_in
+        elif variables:
+            fan_in = _fan_in(variables, _settle(variables, self._centralization.axes))
+        else:
+            return list(grads)  # Keras refuses them: it does not know whose they are
         every = fan_in.values() if variables is None else [fan_in.get(id(each), ()) for each in variables]
         if len(every) != len(grads):
-            return list(grads)
+            return list(grads)  # Keras refuses these too
         return [
             subtract_mean(gradient, axes) if axes and gradient is not None else gradient
             for gradient, axes in zip(grads, every, strict=True)
@@ -274,23 +276,37 @@ def _centralized_copy(optimizer: Any, axes: Any, where: Where) -> Any:
     kind: Any = type(optimizer)
     if isinstance(optimizer, _Centralized):
         raise ValueError(f"{describe(optimizer)} is centralized already")
-    config = optimizer.get_config()
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        config = optimizer.get_config()
         config["inner_optimizer"] = _centralized_copy(optimizer.inner_optimizer, axes, where)
         return kind(**config)
     _require_a_place(kind, where)
-    # A schedule need not be one that Keras can load. A number is in a variable, and the original keeps that.
-    learning_rate = getattr(optimizer, "_learning_rate", None)
-    if "learning_rate" in config and not isinstance(learning_rate, keras.Variable):
-        config["learning_rate"] = learning_rate
+    config, original = _configuration(optimizer)
     copy = super(_Centralized, _class_of(kind)).from_config(config)
-    original = keras.optimizers.serialize(optimizer)
-    del original["config"]
     copy._centralization = _Centralization(axes, where, original)
     for name, value in vars(optimizer).items():
         if name.startswith("_exclude_from_weight_decay"):  # no part of the configuration
             setattr(copy, name, value)
     return copy
+
+
+def _configuration(optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration of an optimizer, and its class as Keras writes it.
+
+    A schedule is taken as it is: one that somebody has written need have no configuration.
+    """
+    learning_rate = getattr(optimizer, "_learning_rate", None)
+    if learning_rate is None or isinstance(learning_rate, keras.Variable):
+        config, serialized = optimizer.get_config(), keras.optimizers.serialize(optimizer)
+    else:
+        optimizer._learning_rate = 0.0
+        try:
+            config, serialized = optimizer.get_config(), keras.optimizers.serialize(optimizer)
+        finally:
+            optimizer._learning_rate = learning_rate
+        config["learning_rate"] = learning_rate
+    del serialized["config"]
+    return config, serialized
 
 
 @functools.cache
@@ -330,9 +346,30 @@ def _settle(variables: Sequence[Any], axes: Any) -> list[WeightAxes]:
     named = _named(variables)
     if isinstance(axes, list):
         return settle(list(named.values()), axes, None)
+    if isinstance(axes, dict):
+        axes = _under_paths(axes, list(named))
     # JAX sorts the keys of a dict.
     settled = dict(zip(sorted(named), settle(named, axes, None, wording=_WORDING), strict=True))
     return [settled[name] for name in named]
+
+
+def _under_paths(axes: dict[str, WeightAxes], paths: list[str]) -> dict[str, WeightAxes]:
+    """`axes` by the paths of the variables, of which the first step may be another.
+
+    It is the name of the model: "sequential" for the first, "sequential_1" for a second that is built alike,
+    and left out when it is loaded.
+    """
+    readings: tuple[Callable[[str], str], ...] = (str, _below_the_first_step)
+    for theirs, ours in itertools.product(readings, repeat=2):
+        known = {theirs(path): weight for path, weight in axes.items()}
+        wanted = [ours(path) for path in paths]
+        if len(known) == len(axes) and len(known) == len(wanted) and known.keys() == set(wanted):
+            return {path: known[ours(path)] for path in paths}
+    return axes  # which has no entry for some path, or one too many
+
+
+def _below_the_first_step(path: str) -> str:
+    return path.partition("/")[2]
 
 
 def _fan_in(variables: Sequence[Any], settled: list[WeightAxes]) -> dict[int, tuple[int, ...]]:

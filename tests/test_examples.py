@@ -11,7 +11,6 @@ import subprocess
 import sys
 
 import pytest
-from rich.console import Console
 
 ROOT = pathlib.Path(__file__).parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart.py"
