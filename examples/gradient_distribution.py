@@ -96,9 +96,10 @@ def load() -> tuple[Digits, Digits]:
     return Digits(train_images, train_labels), Digits(test_images, test_labels)
 
 
+@jax.jit
 def initialize(seed: int, train: Digits) -> optax.Params:
     """The network's first parameters."""
-    return jax.jit(CNN().init)(jax.random.key(seed), train.images[:1])
+    return CNN().init(jax.random.key(seed), train.images[:1])
 
 
 def batches(train: Digits, seed: int, epoch: int, batch_size: int) -> Iterator[Digits]:
