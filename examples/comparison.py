@@ -36,7 +36,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -290,13 +289,11 @@ class Comparison:
             drawn = [value for runs in self.curves.values() for run in runs for value in run[metric]]
             if metric in log and any(0 < value < np.inf for value in drawn):
                 axes.set_yscale("log")
-                axes.yaxis.set_major_formatter(LogFormatter())
-                axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
             axes.grid(alpha=0.3)
             axes.xaxis.get_major_locator().set_params(integer=True)
         bands = "line: mean of the seeds, band: their range" if self._finished_seeds() > 1 else None
         axes.legend(title=bands)
-        figure.savefig(output, dpi=130)
+        figure.savefig(output, dpi=115)
 
     def finish(self, console: Console, output: pathlib.Path) -> None:
         """Says where the picture is, and ends the program as a stopped one where it was stopped."""

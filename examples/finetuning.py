@@ -18,6 +18,9 @@ none of them: for LoRA alone one would look for another. Each seed draws its own
 own first weights of a new head and of A. With `--checkpoint` the pretrained network is kept in a folder, and
 the next run reads it from there. Digits of 8x8 pixels and a network this small are no evidence for others.
 
+With the defaults the loss falls faster with GC, in full and by LoRA. The accuracy of full fine-tuning ends
+where it does without, and that of LoRA ends almost a point lower.
+
     python examples/finetuning.py [--checkpoint FOLDER] [--rank 4] [--shots 20] [--seeds 20] [--output FILE]
 """
 
@@ -318,7 +321,7 @@ def parse_arguments(new_digits: Task) -> tuple[argparse.Namespace, argparse.Argu
     )
     parser.add_argument("--rank", type=count, default=4, help="r, of the adapters")
     parser.add_argument("--shots", type=count, default=20, help="images of each new digit to train on")
-    parser.add_argument("--epochs", type=count, default=40, help="passes over them")
+    parser.add_argument("--epochs", type=count, default=30, help="passes over them")
     parser.add_argument("--batch-size", type=count, default=20, help="images in a step")
     parser.add_argument(
         "--learning-rate", type=comparison.positive_number, default=3e-3, help="of AdamW, in all arms"

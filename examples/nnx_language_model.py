@@ -15,7 +15,7 @@ At the end there are a table of the perplexity per byte, a picture of it with th
 of bytes to compare with, and a few lines that the model has written. Both ways have the same learning rate,
 which was chosen for neither. Three seeds of a model this small are no evidence for others.
 
-    python examples/nnx_language_model.py [--text FILE] [--steps 300] [--seeds 3] [--output FILE]
+    python examples/nnx_language_model.py [--text FILE] [--steps 250] [--seeds 3] [--output FILE]
 """
 
 import comparison  # first: from here on Ctrl-C ends in one line
@@ -231,7 +231,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Text]:
         metavar="FILE",
         help="what to train on (default: the source of Python's standard library)",
     )
-    parser.add_argument("--steps", type=count, default=300, help="training steps")
+    parser.add_argument("--steps", type=count, default=250, help="training steps")
     parser.add_argument("--measure-every", type=count, default=25, help="steps between measurements")
     parser.add_argument("--batch-size", type=count, default=32, help="windows of text in a step")
     parser.add_argument("--length", type=count, default=64, help="bytes in a window")
@@ -277,7 +277,6 @@ def main() -> None:
     runs.draw(
         ["training perplexity", "held-out perplexity"],
         arguments.output,
-        log=["training perplexity", "held-out perplexity"],
         levels={"held-out perplexity": {"counting pairs of bytes": pairs}},
     )
     if not runs.stopped:
