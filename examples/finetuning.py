@@ -159,6 +159,11 @@ def make_arm(merge: Merge, optimizer: optax.GradientTransformation) -> Arm:
     return Arm(merge, optimizer, make_step(merge, optimizer))
 
 
+def begin(arm: Arm, base: optax.Params, rank: int, seed: int) -> tuple[optax.Params, optax.Params]:
+    """What a way to fine-tune trains at first, and what it leaves alone."""
+    return (base, {}) if arm.merge is all_parameters else (make_adapters(base, rank, seed), base)
+
+
 def train_epochs(
     arm: Arm,
     trained: optax.Params,
@@ -356,19 +361,16 @@ def main() -> None:
     runs = comparison.Comparison(
         title, list(arms), seeds=arguments.seeds, points=range(1, arguments.epochs + 1)
     )
-    counts = {}
+    trained = {name: begin(arm, params, arguments.rank, 0)[0] for name, arm in arms.items()}
+    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in trained.items()}
     with runs.measuring(console):
         for seed in range(arguments.seeds):
             shots = draw_shots(new_digits.train, arguments.shots, seed)
             base = params | {"head": initialize(seed)["head"]}  # the old head knows the old digits
             for name, arm in arms.items():
-                full = arm.merge is all_parameters
-                trained = base if full else make_adapters(base, arguments.rank, seed)
-                counts[name] = sum(leaf.size for leaf in jax.tree.leaves(trained))
                 for merged in train_epochs(
                     arm,
-                    trained,
-                    {} if full else base,
+                    *begin(arm, base, arguments.rank, seed),
                     shots,
                     seed=seed,
                     epochs=arguments.epochs,
@@ -380,7 +382,7 @@ def main() -> None:
         {"training loss": 5, "test accuracy, %": 2},
         compare="test accuracy, %",
         against={"full with GC": "full", "LoRA": "full", "LoRA with GC": "LoRA"},
-        notes={"trained parameters": {name: f"{number:,}" for name, number in counts.items()}},
+        notes={"trained parameters": {name: f"{size:,}" for name, size in sizes.items()}},
     )
     tested = len(new_digits.test.labels)
     console.print(f"One of the {tested} test images is {100 / tested:.2f} points.")

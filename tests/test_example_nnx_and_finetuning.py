@@ -1,6 +1,7 @@
 """The language model in NNX, and fine-tuning with LoRA: what they print, what they refuse, what they do."""
 
 import argparse
+import importlib
 import pathlib
 import re
 import runpy
@@ -156,6 +157,30 @@ def test_finetuning_prints_a_table_and_keeps_its_checkpoint(finetuning, monkeypa
     assert "read from" not in printed
     finetuning.pretrained(folder, argparse.ArgumentParser(), finetuning.Console())
     assert capsys.readouterr().out == f"The pretrained network is read from {folder}\n{knows}\n"
+
+
+def test_a_run_that_is_stopped_in_its_first_arm_shows_what_it_measured(
+    finetuning, kept, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.syspath_prepend(FINETUNING.parent)
+    comparison = importlib.import_module("comparison")
+    add = comparison.Comparison.add
+
+    def add_and_stop(self, *arguments):
+        add(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison.Comparison, "add", add_and_stop)
+    with pytest.raises(SystemExit, match="130"):
+        run(monkeypatch, FINETUNING, "--checkpoint", kept, "--output", tmp_path / "curves.png")
+    printed = capsys.readouterr().out
+    assert "Stopped by Ctrl-C. What was measured until then:" in printed
+    assert [cells[:2] for cells in rows(printed).values()] == [
+        ["25,477", "1 of 30"],
+        ["25,477", "0 of 30"],
+        ["2,324", "0 of 30"],
+        ["2,324", "0 of 30"],
+    ]
 
 
 def test_the_tasks_share_no_digit_and_their_parts_no_image(finetuning):
