@@ -13,7 +13,8 @@ gives AdamW its mask, so that weights are decayed, and biases, scales and the em
 
 At the end there are a table of the perplexity per byte, a picture of it with the perplexity of counting pairs
 of bytes to compare with, and a few lines that the model has written. Both ways have the same learning rate,
-which was chosen for neither. Three seeds of a model this small are no evidence for others.
+which was chosen for neither. With the defaults the seeds show no difference. Three seeds of a model this
+small are no evidence for others.
 
     python examples/nnx_language_model.py [--text FILE] [--steps 250] [--seeds 3] [--output FILE]
 """
