@@ -126,6 +126,16 @@ def print_table(console: Console, title: str, headings: Sequence[str], rows: Seq
             console.print(f"  {heading}: {cell}")
 
 
+def print_summary(console: Console, summary: str) -> None:
+    """Prints the table of `gc_optax.summarize`; a terminal too narrow for it has its first columns."""
+    if not console.is_terminal:
+        console.print(summary, markup=False, highlight=False, soft_wrap=True)
+        return
+    table, _, totals = summary.rpartition("\n\n")
+    console.print(table, markup=False, highlight=False, no_wrap=True, overflow="ellipsis")
+    console.print(f"\n{totals}", markup=False, highlight=False)
+
+
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean and standard deviation over the seeds; the mean alone where there is one seed."""
     with np.errstate(invalid="ignore"):  # of runs that diverged
@@ -170,7 +180,7 @@ class Comparison:
     @contextlib.contextmanager
     def measuring(self, console: Console) -> Iterator[None]:
         """Shows a progress bar, and catches Ctrl-C: what was measured until then can be reported."""
-        total = len(self.arms) * self.seeds * len(self.points)
+        total = len(self.arms) * self.seeds * self.points[-1]
         try:
             with progress_bar(console, total, self.unit) as (self._progress, self._bar):
                 yield
@@ -185,22 +195,37 @@ class Comparison:
         """Notes what was measured at the next point of the run of `arm` with `seed`."""
         if seed == len(self.curves[arm]):
             self.curves[arm].append({metric: [] for metric in measured})
+        run = self.curves[arm][seed]
+        number = len(next(iter(run.values())))
         for metric, value in measured.items():
-            self.curves[arm][seed][metric].append(float(value))
-        self._progress.update(self._bar, advance=1, description=f"seed {seed + 1}: {arm}")
+            run[metric].append(float(value))
+        since_last = self.points[number] - (self.points[number - 1] if number else 0)
+        self._progress.update(self._bar, advance=since_last, description=f"seed {seed + 1}: {arm}")
 
     def at_end(self, metric: str) -> dict[str, list[float]]:
         """The last value of `metric` in each run, over the seeds that all arms have finished."""
         finished = self._finished_seeds()
         return {arm: [run[metric][-1] for run in runs[:finished]] for arm, runs in self.curves.items()}
 
-    def report(self, console: Console, metrics: Mapping[str, int], *, compare: str) -> None:
+    def report(
+        self,
+        console: Console,
+        metrics: Mapping[str, int],
+        *,
+        compare: str,
+        against: Mapping[str, str] | None = None,
+        notes: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
         """Prints the table of `metrics` (each with its number of decimals), and how the arms compare.
+
+        `against` says which arm each arm is compared with, all others with the first if it is left out.
+        `notes` are columns of what is not measured: the cell of each arm, by the column's heading.
 
         Of a run that was stopped, the seeds count that every arm has finished. If there is none, the table
         shows how far each arm has come.
         """
         seeds = self._finished_seeds()
+        notes = notes or {}
         if not seeds:
             rows = []
             for arm, runs in self.curves.items():
@@ -209,27 +234,42 @@ class Comparison:
                 cells = [
                     f"{last[metric][-1]:.{digits}f}" if last else "-" for metric, digits in metrics.items()
                 ]
-                rows.append([arm, f"{reached} of {self.points[-1]}", *cells])
-            print_table(console, self.title, ["arm", self.unit, *metrics], rows)
+                noted = [column[arm] for column in notes.values()]
+                rows.append([arm, *noted, f"{reached} of {self.points[-1]}", *cells])
+            print_table(console, self.title, ["arm", *notes, self.unit, *metrics], rows)
             console.print("No seed is finished in every arm: nothing to compare.")
             return
         rows = [
-            [arm, *(spread(self.at_end(metric)[arm], digits) for metric, digits in metrics.items())]
+            [
+                arm,
+                *(column[arm] for column in notes.values()),
+                *(spread(self.at_end(metric)[arm], digits) for metric, digits in metrics.items()),
+            ]
             for arm in self.arms
         ]
-        print_table(console, self.title, ["arm", *metrics], rows)
+        print_table(console, self.title, ["arm", *notes, *metrics], rows)
         of = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "1 seed"
         console.print(f"{of}, after {self.points[-1]} {self.unit}")
         first, *others = self.arms
+        against = against or dict.fromkeys(others, first)
         values = self.at_end(compare)
-        console.print(f"{compare}, against {first}, seed by seed:")
-        for arm in others:
-            console.print(f"  {arm}: {difference(values[arm], values[first], metrics[compare])}")
+        for other in dict.fromkeys(against.values()):
+            console.print(f"{compare}, against {other}, seed by seed:")
+            for arm in (arm for arm in against if against[arm] == other):
+                console.print(f"  {arm}: {difference(values[arm], values[other], metrics[compare])}")
 
-    def draw(self, metrics: Sequence[str], output: pathlib.Path, *, log: Sequence[str] = ()) -> None:
+    def draw(
+        self,
+        metrics: Sequence[str],
+        output: pathlib.Path,
+        *,
+        log: Sequence[str] = (),
+        levels: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> None:
         """Saves a picture of `metrics`: the mean of the seeds as a line, their range as a band.
 
-        The metrics in `log` get a logarithmic axis. Of a run that was stopped, each arm is drawn as far as
+        The metrics in `log` get a logarithmic axis. `levels` are horizontal lines of what is no arm: for a
+        metric, values of it by their names. Of a run that was stopped, each arm is drawn as far as
         its first seed, or all of its finished ones, have come.
         """
         figure = Figure(figsize=(5.5 * len(metrics), 4.5), layout="constrained")
@@ -243,6 +283,8 @@ class Comparison:
                 points = self.points[: curves.shape[1]]
                 axes.plot(points, curves.mean(0), color=color, label=arm, marker="o", markersize=3)
                 axes.fill_between(points, curves.min(0), curves.max(0), color=color, alpha=0.15, linewidth=0)
+            for name, value in (levels or {}).get(metric, {}).items():
+                axes.axhline(value, color="black", linestyle="--", label=name)
             axes.set(xlabel=self.unit, ylabel=metric)
             drawn = [value for runs in self.curves.values() for run in runs for value in run[metric]]
             if metric in log and any(0 < value < np.inf for value in drawn):
@@ -251,7 +293,7 @@ class Comparison:
             axes.xaxis.get_major_locator().set_params(integer=True)
         bands = "line: mean of the seeds, band: their range" if self._finished_seeds() > 1 else None
         axes.legend(title=bands)
-        figure.savefig(output, dpi=130)
+        figure.savefig(output, dpi=115)
 
     def finish(self, console: Console, output: pathlib.Path) -> None:
         """Says where the picture is, and ends the program as a stopped one where it was stopped."""
