@@ -53,6 +53,7 @@ import json
 import logging
 import os
 import pathlib
+import signal
 import sys
 import sysconfig
 import zlib
@@ -732,6 +733,8 @@ def main() -> None:
         if not measurements:
             raise
         stopped = True
+        # Another one ends the process at once, also where it waits for others that go on.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         console.print("Stopped by Ctrl-C. What was measured until then:")
     if jax.process_index() == 0:
         baselines = measure_baselines(text, arguments)
@@ -748,6 +751,8 @@ def main() -> None:
         manager.close()
         console.print(f"The checkpoints are in {arguments.checkpoints}", soft_wrap=True)
     if stopped:
+        if jax.process_count() > 1:
+            console.print("Waiting for the other processes. Another Ctrl-C ends without them.")
         raise SystemExit(130)
 
 
