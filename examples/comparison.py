@@ -35,7 +35,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -124,6 +124,16 @@ def print_table(console: Console, title: str, headings: Sequence[str], rows: Seq
         console.print(name)
         for heading, cell in zip(headings[1:], cells, strict=True):
             console.print(f"  {heading}: {cell}")
+
+
+def print_summary(console: Console, summary: str) -> None:
+    """Prints the table of `gc_optax.summarize`; a terminal too narrow for it has its first columns."""
+    if not console.is_terminal:
+        console.print(summary, markup=False, highlight=False, soft_wrap=True)
+        return
+    table, _, totals = summary.rpartition("\n\n")
+    console.print(table, markup=False, highlight=False, no_wrap=True, overflow="ellipsis")
+    console.print(f"\n{totals}", markup=False, highlight=False)
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -233,6 +243,11 @@ class Comparison:
         its first seed, or all of its finished ones, have come.
         """
         figure = Figure(figsize=(5.5 * len(metrics), 4.5), layout="constrained")
+        self.draw_on(figure, metrics, log=log)
+        figure.savefig(output, dpi=130)
+
+    def draw_on(self, figure: Figure | SubFigure, metrics: Sequence[str], *, log: Sequence[str] = ()) -> None:
+        """Does what `draw` does on a figure, or a part of one, that has more to show."""
         figure.suptitle(self.title)
         for metric, axes in zip(metrics, np.atleast_1d(figure.subplots(1, len(metrics))), strict=True):
             for (arm, runs), color in zip(self.curves.items(), COLORS, strict=False):
@@ -251,7 +266,6 @@ class Comparison:
             axes.xaxis.get_major_locator().set_params(integer=True)
         bands = "line: mean of the seeds, band: their range" if self._finished_seeds() > 1 else None
         axes.legend(title=bands)
-        figure.savefig(output, dpi=130)
 
     def finish(self, console: Console, output: pathlib.Path) -> None:
         """Says where the picture is, and ends the program as a stopped one where it was stopped."""
