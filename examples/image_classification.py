@@ -166,7 +166,7 @@ def loss(
     return losses.mean(), updated["batch_stats"]
 
 
-@functools.partial(jax.jit, static_argnames="mirrored", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="mirrored")
 def train_step(
     state: TrainState, key: jax.Array, train: Images, rows: jax.Array, *, mirrored: bool
 ) -> TrainState:
@@ -306,7 +306,7 @@ def main() -> None:
     runs.report(console, {"test accuracy, %": 2, "test loss": 4}, compare="test accuracy, %")
     tested = len(data.test.labels)
     console.print(f"One of the {tested} test images is {100 / tested:.2f} points.")
-    runs.draw(["test accuracy, %", "test loss"], arguments.output)
+    runs.draw(["test accuracy, %", "test loss"], arguments.output, log=["test loss"])
     runs.finish(console, arguments.output)
 
 

@@ -82,7 +82,7 @@ def test_folders_of_images_are_told_apart(photos, monkeypatch, capsys, tmp_path)
     assert rows[0][3] != rows[1][3], "two different ways to train"
     with Image.open(picture) as drawn:
         assert drawn.format == "PNG"
-        assert drawn.size == (1430, 910)
+        assert drawn.size == (1100, 640)
 
 
 def test_without_a_folder_it_draws_one_and_removes_it(image_folder, monkeypatch, tmp_path):
