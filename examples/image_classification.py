@@ -193,7 +193,9 @@ def evaluate(state: TrainState, test: Images) -> tuple[jax.Array, jax.Array]:
 
 def initialize(seed: int, data: Data, optimizer: optax.GradientTransformation) -> TrainState:
     """The state that a training starts from."""
-    variables = CNN().init(jax.random.key(seed), data.train.pixels[:1], train=False)
+    variables = jax.jit(functools.partial(CNN().init, train=False))(
+        jax.random.key(seed), data.train.pixels[:1]
+    )
     return TrainState.create(apply_fn=CNN.apply, tx=optimizer, **variables)
 
 

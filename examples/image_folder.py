@@ -211,6 +211,7 @@ class CNN(nn.Module):
         return nn.Dense(self.classes)(x)
 
 
+@functools.partial(jax.jit, static_argnames="model")
 def initialize(model: CNN, seed: int, train: Images) -> optax.Params:
     """The network's first parameters."""
     return model.init(jax.random.key(seed), train.pixels[:1])
@@ -280,10 +281,11 @@ def train_epochs(
 def draw_samples(figure: SubFigure, data: Data) -> None:
     """Shows training images of the first classes as a step of the training changes them."""
     figure.suptitle("what the network is shown: training images, each changed at random")
+    change = jax.jit(jax.vmap(augment))
     rows = np.atleast_1d(figure.subplots(min(len(data.classes), SHOWN_CLASSES), 1))
     for label, (name, axes) in enumerate(zip(data.classes, rows, strict=False)):
         pixels = data.train.pixels[data.train.labels == label][:SHOWN_IMAGES].astype(np.float32)
-        changed = jax.vmap(augment)(jax.random.split(jax.random.key(label), len(pixels)), pixels)
+        changed = change(jax.random.split(jax.random.key(label), len(pixels)), pixels)
         gap = ((0, 0), (0, 0), (1, 1), (0, 0))
         framed = np.pad(np.asarray(changed).astype(np.uint8), gap, constant_values=255)
         axes.imshow(np.concatenate(framed, axis=1), interpolation="nearest")
@@ -381,7 +383,7 @@ def main() -> None:
     curves, samples = figure.subfigures(2, 1, height_ratios=(4.3, 2.1))
     runs.draw_on(curves, ["validation accuracy, %", "validation loss"])
     draw_samples(samples, data)
-    figure.savefig(arguments.output, dpi=100)
+    figure.savefig(arguments.output, dpi=95)
     runs.finish(console, arguments.output)
 
 
