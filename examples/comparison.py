@@ -35,13 +35,14 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from scipy import stats
 
+DPI = 115
 COLORS = ("#666666", "#0072b2", "#d55e00", "#009e73")  # apart for colour-blind readers too
 
 
@@ -273,6 +274,18 @@ class Comparison:
         its first seed, or all of its finished ones, have come.
         """
         figure = Figure(figsize=(5.5 * len(metrics), 4.5), layout="constrained")
+        self.draw_on(figure, metrics, log=log, levels=levels)
+        figure.savefig(output, dpi=DPI)
+
+    def draw_on(
+        self,
+        figure: Figure | SubFigure,
+        metrics: Sequence[str],
+        *,
+        log: Sequence[str] = (),
+        levels: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> None:
+        """Does what `draw` does on a figure, or a part of one, that has more to show."""
         figure.suptitle(self.title)
         for metric, axes in zip(metrics, np.atleast_1d(figure.subplots(1, len(metrics))), strict=True):
             for (arm, runs), color in zip(self.curves.items(), COLORS, strict=False):
@@ -293,7 +306,6 @@ class Comparison:
             axes.xaxis.get_major_locator().set_params(integer=True)
         bands = "line: mean of the seeds, band: their range" if self._finished_seeds() > 1 else None
         axes.legend(title=bands)
-        figure.savefig(output, dpi=115)
 
     def finish(self, console: Console, output: pathlib.Path) -> None:
         """Says where the picture is, and ends the program as a stopped one where it was stopped."""
