@@ -42,7 +42,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy import stats
 
-DPI = 115
 COLORS = ("#666666", "#0072b2", "#d55e00", "#009e73")  # apart for colour-blind readers too
 
 
@@ -275,7 +274,7 @@ class Comparison:
         """
         figure = Figure(figsize=(5.5 * len(metrics), 4.5), layout="constrained")
         self.draw_on(figure, metrics, log=log, levels=levels)
-        figure.savefig(output, dpi=DPI)
+        figure.savefig(output, dpi=115)
 
     def draw_on(
         self,
