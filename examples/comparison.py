@@ -14,15 +14,20 @@ what it measures to a `Comparison`:
 Import it before anything that takes long to import: from then on Ctrl-C ends the program in one line.
 """
 
+import os
 import sys
 
 
 def end_in_one_line(kind, error, traceback):
     """Python's way to tell of an error, but that Ctrl-C is none."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("\nStopped by Ctrl-C.", file=sys.stderr)
-    else:
+    if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
+        return
+    print("\nStopped by Ctrl-C.", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Where XLA is still compiling, Python's own way out may end in a segmentation fault.
+    os._exit(130)
 
 
 # Before the imports that take seconds.
