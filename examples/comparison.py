@@ -82,7 +82,7 @@ def picture_path(text: str) -> pathlib.Path:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from error
     if not was_there:
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process of the same run may have been first
     return path
 
 
@@ -107,7 +107,8 @@ def make_parser(description: str, *, output: str, seeds: int) -> argparse.Argume
 @contextlib.contextmanager
 def progress_bar(console: Console, total: int, unit: str) -> Iterator[tuple[Progress, int]]:
     """A bar with the time left, and the task on it; a narrow terminal has no room for what is going on."""
-    columns = [BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()]
+    time_left = TimeRemainingColumn(elapsed_when_finished=True)
+    columns = [BarColumn(), MofNCompleteColumn(), TextColumn(unit), time_left]
     if console.width >= 80:
         columns.append(TextColumn("{task.description}"))
     with Progress(*columns, console=console) as progress:

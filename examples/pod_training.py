@@ -39,6 +39,9 @@ one, and moves the later ones into a folder beside them, so that nothing is lost
 a time: a second one is refused. A bucket has no locks, so there that is up to you.
 """
 
+import comparison  # first: from here on Ctrl-C ends in one line
+
+# isort: split
 import argparse
 import contextlib
 import errno
@@ -50,6 +53,7 @@ import json
 import logging
 import os
 import pathlib
+import signal
 import sys
 import sysconfig
 import zlib
@@ -66,8 +70,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 import gc_optax
 
@@ -300,7 +302,7 @@ def make_optimizer(
     shapes = nn.unbox(jax.eval_shape(lambda: make_params(model, arguments)))
     windows = jax.ShapeDtypeStruct((arguments.batch_size, arguments.length + 1), jnp.int32)
     axes = gc_optax.infer_axes(functools.partial(loss, model), shapes, windows)
-    console.print(gc_optax.summarize(shapes, axes), markup=False, highlight=False, soft_wrap=True)
+    comparison.print_summary(console, gc_optax.summarize(shapes, axes))
     # Unlike in optax.chain, the state stays that of AdamW: a checkpoint made without GC fits.
     return gc_optax.centralized(adamw, gc_optax.centralize(axes))
 
@@ -560,36 +562,26 @@ def set_later_steps_aside(manager: ocp.CheckpointManager, step: int, console: Co
     manager.reload()
 
 
-def make_progress(console: Console) -> Progress:
-    """The progress bar."""
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.description}"),
-        console=console,
-    )
-
-
 def train(
     arguments: argparse.Namespace,
     settings: dict[str, Any],
     text: Text,
     mesh: Mesh,
     manager: ocp.CheckpointManager | None,
+    measurements: list[Measurement],
     parser: argparse.ArgumentParser,
     console: Console,
-) -> list[Measurement]:
-    """Takes the steps that are left; measures and saves every now and then."""
+) -> None:
+    """Takes the steps that are left; measures, adds to the measurements and saves every now and then."""
     split = NamedSharding(mesh, PartitionSpec("fsdp"))
     model = Decoder(arguments.layers, arguments.embed, arguments.heads, split)
     optimizer = make_optimizer(model, arguments, console)
     description = describe_state(model, optimizer, mesh, arguments)
     if manager is not None and arguments.resume:
-        state, measurements = resume(manager, description, settings, arguments, parser, console)
+        state, earlier = resume(manager, description, settings, arguments, parser, console)
+        measurements.extend(earlier)
     else:
-        state, measurements = make_state(model, optimizer, description, arguments), []
+        state = make_state(model, optimizer, description, arguments)
     step = make_step(model, optimizer, state)
     evaluate = jax.jit(functools.partial(loss, model))
     samples = [
@@ -601,8 +593,7 @@ def train(
         losses = [[float(evaluate(params, windows)) for windows in sample] for sample in samples]
         return Measurement(steps, *np.mean(losses, axis=1).tolist())
 
-    with make_progress(console) as progress:
-        bar = progress.add_task("compiling", total=arguments.steps)
+    with comparison.progress_bar(console, arguments.steps, "steps") as (progress, bar):
         if not measurements:
             measurements.append(measure(0, state.params))
         for number in range(measurements[-1].step, arguments.steps):
@@ -614,25 +605,19 @@ def train(
                 measurements.append(measure(number + 1, state.params))
                 if manager is not None:
                     save(manager, state, settings, measurements)
-    return measurements
 
 
 def report(
     measurements: list[Measurement], baselines: dict[str, float], title: str, console: Console
 ) -> None:
     """Prints the table: a dozen or so of the measurements, and the losses to beat."""
-    console.print(title)
-    table = Table(caption="mean loss, nats per byte", caption_justify="left")
-    table.add_column("after")
-    for heading in ("training text", "held-out text"):
-        table.add_column(heading, justify="right")
+    rows = []
     for row in sorted(set(np.linspace(0, len(measurements) - 1, 13).astype(int))):
         step, train, held_out = measurements[row]
-        table.add_row(f"{step:,} steps", f"{train:.3f}", f"{held_out:.3f}")
-    table.add_section()
-    for name, value in baselines.items():
-        table.add_row(name, "", f"{value:.3f}")
-    console.print(table)
+        rows.append([f"{step:,} steps", f"{train:.3f}", f"{held_out:.3f}"])
+    rows += [[name, "-", f"{value:.3f}"] for name, value in baselines.items()]
+    comparison.print_table(console, title, ["after", "training text", "held-out text"], rows)
+    console.print("mean loss, nats per byte")
 
 
 def draw(
@@ -642,10 +627,10 @@ def draw(
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     steps, train, held_out = zip(*measurements, strict=True)
-    axes.plot(steps, train, color="#666666", alpha=0.5, linewidth=4, label="training text")
-    axes.plot(steps, held_out, color="#0072b2", marker="o", markersize=3, label="held-out text")
+    axes.plot(steps, train, color=comparison.COLORS[0], alpha=0.5, linewidth=4, label="training text")
+    axes.plot(steps, held_out, color=comparison.COLORS[1], marker="o", markersize=3, label="held-out text")
     for (name, value), style in zip(baselines.items(), (":", "--"), strict=True):
-        axes.axhline(value, color="#d55e00", linestyle=style, label=f"held-out text, {name}")
+        axes.axhline(value, color=comparison.COLORS[2], linestyle=style, label=f"held-out text, {name}")
     axes.set(title=title, xlabel="step", ylabel="loss, nats per byte", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -658,22 +643,6 @@ def folder_path(text: str) -> str:
     return text if "://" in text else str(pathlib.Path(text).expanduser().absolute())
 
 
-def positive_integer(text: str) -> int:
-    """An argument that counts something."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
-def positive_number(text: str) -> float:
-    """An argument that is a rate."""
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return number
-
-
 def natural_number(text: str) -> int:
     """An argument that numbers something, from 0 on."""
     number = int(text)
@@ -682,23 +651,12 @@ def natural_number(text: str) -> int:
     return number
 
 
-def picture_path(text: str) -> pathlib.Path:
-    """A path that the picture can be written to: found out before the training, not after it."""
-    path = pathlib.Path(text)
-    formats = sorted(Figure().canvas.get_supported_filetypes())
-    if path.suffix[1:] not in formats:
-        raise argparse.ArgumentTypeError(f"{text} must end in one of {', '.join(formats)}")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder")
-    if not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.absolute().parent}")
-    return path
-
-
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line, and those of its errors that show without the devices and the text."""
 
-    def number(flag: str, default: float | None, text: str, kind: Callable = positive_integer) -> None:
+    def number(
+        flag: str, default: float | None, text: str, kind: Callable = comparison.positive_integer
+    ) -> None:
         shown = text if default is None else f"{text} (default: {default})"
         parser.add_argument(flag, type=kind, default=default, help=shown, metavar="N")
 
@@ -708,7 +666,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     number("--layers", 4, "transformer blocks")
     number("--embed", 128, "width of the activations")
     number("--heads", 4, "attention heads")
-    number("--learning-rate", 0.003, "of AdamW, after a warm-up", positive_number)
+    number("--learning-rate", 0.003, "of AdamW, after a warm-up", comparison.positive_number)
     number("--seed", 0, "of the first parameters and of the order of the text", natural_number)
     parser.add_argument("--no-centralization", action="store_true", help="AdamW alone, to compare with")
     parser.add_argument(
@@ -727,7 +685,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     number("--process-id", None, "which of them this is, from 0 on, with --coordinator", natural_number)
     parser.add_argument(
         "--output",
-        type=picture_path,
+        type=comparison.picture_path,
         default="pod_training.png",
         metavar="FILE",
         help="where the picture goes (default: %(default)s)",
@@ -767,9 +725,17 @@ def main() -> None:
         f"mesh: {settings['mesh']}"
     )
     console.print(f"text: {settings['text']}, and {len(text.held_out):,} held out")
-    measurements = train(arguments, settings, text, mesh, manager, parser, console)
-    if manager is not None:
-        manager.close()
+    measurements: list[Measurement] = []
+    stopped = False
+    try:
+        train(arguments, settings, text, mesh, manager, measurements, parser, console)
+    except KeyboardInterrupt:
+        if not measurements:
+            raise
+        stopped = True
+        # Another one ends the process at once, also where it waits for others that go on.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        console.print("Stopped by Ctrl-C. What was measured until then:")
     if jax.process_index() == 0:
         baselines = measure_baselines(text, arguments)
         title = (
@@ -779,8 +745,15 @@ def main() -> None:
         report(measurements, baselines, title, console)
         draw(measurements, baselines, title, arguments.output)
         console.print(f"The curves are in {arguments.output.absolute()}", soft_wrap=True)
-        if manager is not None:
-            console.print(f"The checkpoints are in {arguments.checkpoints}", soft_wrap=True)
+    if manager is not None:
+        # It waits for a checkpoint that is being saved. One that Ctrl-C kept from being whole has another
+        # name, and the next run deletes it.
+        manager.close()
+        console.print(f"The checkpoints are in {arguments.checkpoints}", soft_wrap=True)
+    if stopped:
+        if jax.process_count() > 1:
+            console.print("Waiting for the other processes. Another Ctrl-C ends without them.")
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,13 @@ def text(tmp_path_factory):
     return folder
 
 
+def load():
+    """What the script defines, without running it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        return runpy.run_path(str(SCRIPT))
+
+
 def advice(folder):
     """What is said where the last checkpoint is damaged and the one before it is not."""
     return (
@@ -131,8 +138,8 @@ def test_it_trains_prints_a_table_and_saves_a_picture(uninterrupted):
     assert f"{STEPS}/{STEPS} steps" in printed
     rows = re.findall(r"│ ([\d,]+) steps +│ +([\d.]+) │ +([\d.]+) │", printed)
     assert [int(row[0]) for row in rows] == list(range(0, STEPS + 1, EVERY))
-    (unigram,) = re.findall(r"│ unigram model +│ +│ +([\d.]+) │", printed)
-    (bigram,) = re.findall(r"│ bigram model +│ +│ +([\d.]+) │", printed)
+    (unigram,) = re.findall(r"│ unigram model +│ +- │ +([\d.]+) │", printed)
+    (bigram,) = re.findall(r"│ bigram model +│ +- │ +([\d.]+) │", printed)
     for first, last in ((rows[0][1], rows[-1][1]), (rows[0][2], rows[-1][2])):
         assert 5 < float(first) < 7, "about that of 256 equal guesses"
         assert float(last) < float(unigram)
@@ -228,6 +235,65 @@ def test_all_processes_refuse_what_one_of_them_cannot_read(text, two_processes, 
         assert "Traceback" not in errors
 
 
+def wait_for(folder, *processes):
+    """Waits for a folder that one of the processes makes."""
+    while not folder.exists():
+        assert [process.poll() for process in processes] == [None] * len(processes)
+        time.sleep(0.005)
+
+
+def test_ctrl_c_shows_what_was_measured_and_the_run_can_go_on(text, tmp_path):
+    checkpoints, picture = tmp_path / "checkpoints", tmp_path / "curves.png"
+    arguments = ("--checkpoints", checkpoints, "--output", picture)
+    stopped = start(text, *arguments, steps=100_000)
+    try:
+        wait_for(checkpoints / str(EVERY), stopped)
+        stopped.send_signal(signal.SIGINT)
+    finally:
+        ((code, printed, errors),) = finish(stopped)
+    assert code == 130, errors
+    assert "Traceback" not in errors
+    of_table = printed.partition("Stopped by Ctrl-C. What was measured until then:\n")[2]
+    measured = [int(step.replace(",", "")) for step in re.findall(r"│ ([\d,]+) steps +│", of_table)]
+    assert measured[:2] == [0, EVERY]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.unlink()
+    *_, last = sorted(int(folder.name) for folder in checkpoints.iterdir() if folder.name.isdecimal())
+    assert last in measured, "the one that was being saved is whole, or the one before it is the last"
+    (printed,) = succeed(start(text, *arguments, "--resume", steps=last + EVERY))
+    assert f"{last + EVERY}/{last + EVERY} steps" in printed
+    assert picture.exists()
+
+
+def test_ctrl_c_before_the_training_is_one_line(text, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    stopped = start(text, "--checkpoints", checkpoints, "--output", tmp_path / "curves.png")
+    try:
+        wait_for(checkpoints / "lock", stopped)
+        stopped.send_signal(signal.SIGINT)
+    finally:
+        ((code, _, errors),) = finish(stopped)
+    assert code == -signal.SIGINT
+    assert errors == "\nStopped by Ctrl-C.\n"
+    assert list(tmp_path.iterdir()) == [checkpoints]
+
+
+def test_ctrl_c_in_all_processes_is_told_by_the_first(text, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    processes = start_two((text, text), "--checkpoints", "checkpoints", devices=1, steps=100_000)
+    try:
+        wait_for(pathlib.Path("checkpoints", str(EVERY)), *processes)
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+    finally:
+        finished = finish(*processes)
+    assert [code for code, _, _ in finished] == [130, 130], finished
+    assert "Stopped by Ctrl-C. What was measured until then:\n" in finished[0][1]
+    assert f"│ {EVERY} steps " in finished[0][1]
+    assert "Stopped" not in finished[1][1] + finished[1][2]
+    assert [path.name for path in pathlib.Path().glob("*.png")] == ["0.png"]
+
+
 def test_processes_with_different_texts_do_not_train_together(text, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.py").write_text("pass\n" * 1000)
@@ -253,7 +319,7 @@ def test_a_checkpoint_goes_to_other_devices_and_to_centralization(text, tmp_path
 @pytest.fixture
 def script(monkeypatch):
     """The functions of the script, and a way to call one of them with a command line."""
-    functions = runpy.run_path(str(SCRIPT))
+    functions = load()
 
     def parse(*arguments):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
@@ -279,6 +345,7 @@ def test_the_text_is_that_of_the_standard_library(script):
         (("--seed", -1), "argument --seed: must be at least 0, got -1"),
         (("--learning-rate", "inf"), "argument --learning-rate: must be a positive number, got inf"),
         (("--output", "curves.txt"), "argument --output: curves.txt must end in one of"),
+        (("--output", "no/such/folder/curves.png"), "argument --output: there is no folder"),
         (("--heads", 3), "argument --heads: 3 does not divide --embed 128"),
         (("--resume",), "argument --resume: --checkpoints must name the folder to resume from"),
         (("--processes", 2), "argument --coordinator: goes together with --processes and --process-id"),
@@ -364,7 +431,7 @@ def test_a_folder_that_cannot_be_made_is_refused(script, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def resume(text):
     """Goes on from a folder of checkpoints, up to the first step: the state, and what is printed."""
-    functions = runpy.run_path(str(SCRIPT))
+    functions = load()
 
     def resume(folder, *arguments):
         flags = [
