@@ -4,13 +4,16 @@ BIN := .venv/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 UV_INSTALL = $(PIP_INSTALL) uv && $(BIN)/uv pip install --python $(BIN)/python --quiet
 INSTALL = $(PIP_INSTALL)
+# One process for each processor. What is in one file shares fixtures, or a page's names, and stays together.
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help demo demo-pod test test-oldest test-newest test-tpu lint build clean
+.PHONY: help demo demo-pod examples test test-oldest test-newest test-tpu lint build clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         train a small Flax model with and without gradient centralization"
 	@echo "make demo-pod     train a sharded language model on eight simulated devices"
+	@echo "make examples     run every example with small settings, a few minutes in all"
 	@echo "make test         run the tests, the docstrings' examples and the Python blocks of README.md and docs/"
 	@echo "make test-oldest  run what is not slow with the oldest versions that pyproject.toml allows"
 	@echo "make test-newest  run what is not slow with the newest versions, on Python 3.13"
@@ -26,8 +29,29 @@ demo: .venv/examples.installed
 demo-pod: .venv/examples.installed
 	$(BIN)/python examples/pod_training.py --simulated-devices 8 --checkpoints "$$(mktemp -d)"
 
+# The settings are so small that nothing is learned: what the examples show is in docs/gallery.md.
+examples: .venv/examples.installed
+	@pictures="$$(mktemp -d)"; set -e; \
+	for example in \
+		"quickstart --epochs 2 --seeds 1" \
+		"image_folder --size 8 --epochs 1 --seeds 1" \
+		"image_classification --subset 128 --epochs 1 --seeds 1" \
+		"tabular_regression --epochs 2 --seeds 1" \
+		"nnx_language_model --layers 1 --width 16 --length 16 --batch-size 8 --steps 20 --measure-every 10 --seeds 1" \
+		"equinox_regression --epochs 2 --seeds 1" \
+		"haiku_classification --epochs 2 --seeds 1" \
+		"keras_fit --epochs 1 --seeds 1" \
+		"finetuning --epochs 2 --seeds 1" \
+		"gradient_distribution --epochs 1 --seeds 1" \
+		"pod_training --simulated-devices 8 --layers 1 --embed 16 --heads 4 --length 16 --batch-size 16 --steps 4"; \
+	do \
+		set -- $$example; name="$$1"; shift; \
+		echo; echo "python examples/$$name.py $$*"; \
+		$(BIN)/python "examples/$$name.py" "$$@" --output "$$pictures/$$name.png"; \
+	done
+
 test: .venv/dev.installed
-	$(BIN)/python -m pytest --cov
+	$(PYTEST) --cov
 
 # pip always takes the newest versions; uv can take the lowest of what pyproject.toml names. Where a floor does not go with
 # another requirement it takes a higher version, so floors.py looks at what is there. The documents need newer versions.
@@ -35,7 +59,7 @@ test-oldest: BIN := .venv-oldest/bin
 test-oldest: INSTALL = $(UV_INSTALL) --resolution lowest-direct
 test-oldest: .venv-oldest/test.installed
 	$(BIN)/python tests/floors.py test
-	$(BIN)/python -m pytest -m "not slow" tests gc_optax
+	$(PYTEST) -m "not slow" tests gc_optax
 
 # The newest JAX does not run on Python 3.11. What was released since the last time is installed first; the list
 # shows what some requirement holds back.
@@ -45,7 +69,7 @@ test-newest: INSTALL = $(UV_INSTALL)
 test-newest: .venv-newest/dev.installed
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --upgrade --editable '.[dev]'
 	$(BIN)/uv pip list --python $(BIN)/python --outdated
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # The compiler for TPUs has an environment of its own: where it is installed, JAX looks for a TPU at every start.
 test-tpu: BIN := .venv-tpu/bin

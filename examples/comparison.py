@@ -14,15 +14,20 @@ what it measures to a `Comparison`:
 Import it before anything that takes long to import: from then on Ctrl-C ends the program in one line.
 """
 
+import os
 import sys
 
 
 def end_in_one_line(kind, error, traceback):
     """Python's way to tell of an error, but that Ctrl-C is none."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("\nStopped by Ctrl-C.", file=sys.stderr)
-    else:
+    if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
+        return
+    print("\nStopped by Ctrl-C.", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Where XLA is still compiling, Python's own way out may end in a segmentation fault.
+    os._exit(130)
 
 
 # Before the imports that take seconds.
@@ -35,7 +40,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -274,6 +279,18 @@ class Comparison:
         its first seed, or all of its finished ones, have come.
         """
         figure = Figure(figsize=(5.5 * len(metrics), 4.5), layout="constrained")
+        self.draw_on(figure, metrics, log=log, levels=levels)
+        figure.savefig(output, dpi=115)
+
+    def draw_on(
+        self,
+        figure: Figure | SubFigure,
+        metrics: Sequence[str],
+        *,
+        log: Sequence[str] = (),
+        levels: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> None:
+        """Does what `draw` does on a figure, or a part of one, that has more to show."""
         figure.suptitle(self.title)
         for metric, axes in zip(metrics, np.atleast_1d(figure.subplots(1, len(metrics))), strict=True):
             for (arm, runs), color in zip(self.curves.items(), COLORS, strict=False):
@@ -294,7 +311,6 @@ class Comparison:
             axes.xaxis.get_major_locator().set_params(integer=True)
         bands = "line: mean of the seeds, band: their range" if self._finished_seeds() > 1 else None
         axes.legend(title=bands)
-        figure.savefig(output, dpi=115)
 
     def finish(self, console: Console, output: pathlib.Path) -> None:
         """Says where the picture is, and ends the program as a stopped one where it was stopped."""

@@ -214,23 +214,22 @@ class _Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         super().build(variables)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Takes a step: the one place that all gradients come by, scaled or not, before anything else."""
-        if self._centralization.where == "gradients":
-            if trainable_variables is not None:
-                trainable_variables = list(trainable_variables)
+        """Takes a step: all gradients come by here before anything else happens to them."""
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if trainable_variables and not self.built:
+                with keras.name_scope(self.name, caller=self):
+                    self.build(trainable_variables)
+        # Without variables Keras refuses to go on.
+        if self.built and self._centralization.where == "gradients":
             grads = self._without_means(grads, trainable_variables)
         super().apply(grads, trainable_variables)
 
     def _without_means(self, grads: Sequence[Any], variables: Sequence[Any] | None) -> list[Any]:
-        if self.built:
-            fan_in = self._fan_in
-        elif variables:
-            fan_in = _fan_in(variables, _settle(variables, self._centralization.axes))
-        else:
-            return list(grads)  # Keras refuses them: it does not know whose they are
+        fan_in = self._fan_in
         every = fan_in.values() if variables is None else [fan_in.get(id(each), ()) for each in variables]
         if len(every) != len(grads):
-            return list(grads)  # Keras refuses these too
+            return list(grads)  # which Keras refuses
         return [
             subtract_mean(gradient, axes) if axes and gradient is not None else gradient
             for gradient, axes in zip(grads, every, strict=True)

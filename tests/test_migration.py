@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import gc_optax
+import gc_optax.keras
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 START, END = README.index("## Coming from elsewhere"), README.index("## Names")
@@ -27,6 +28,7 @@ def loss(params):
 GRADIENTS = jax.grad(loss)(PARAMS)
 NAMES = {
     **{name: getattr(gc_optax, name) for name in dir(gc_optax) if not name.startswith("_")},
+    "axes": gc_optax.out_last(PARAMS),
     "gc_optax": gc_optax,
     "gradient": GRADIENTS["conv_kernel"],
     "gradients": GRADIENTS,
@@ -45,6 +47,12 @@ def step(optimizer):
     return updates
 
 
+def step_in_keras(optimizer):
+    variables = {name: keras.Variable(value, name=name) for name, value in PARAMS.items()}
+    optimizer.apply([GRADIENTS[name] for name in variables], list(variables.values()))
+    return {name: variable.value - PARAMS[name] for name, variable in variables.items()}
+
+
 def mean_over(axes, kernel):
     return float(jnp.abs(kernel.mean(axes)).max() / jnp.abs(kernel).max())
 
@@ -55,8 +63,11 @@ def test_every_row_but_that_of_the_variants_has_a_line():
 
 @pytest.mark.parametrize("line", LINES)
 def test_the_line_centralizes(line):
-    result = eval(line, NAMES)
-    updates = step(result) if isinstance(result, optax.GradientTransformation) else result
+    if "keras" in line:
+        updates = step_in_keras(eval(line, NAMES | {"optimizer": keras.optimizers.SGD(0.1)}))
+    else:
+        result = eval(line, NAMES)
+        updates = step(result) if isinstance(result, optax.GradientTransformation) else result
     kernel = updates["conv_kernel"] if isinstance(updates, dict) else updates
     inputs = (1, 2, 3) if "out_first" in line else (0, 1, 2)
     assert mean_over(inputs, GRADIENTS["conv_kernel"]) > 0.1
@@ -84,59 +95,22 @@ def test_the_numbers_are_those_of_the_tables():
         assert any(f"| {number} ± " in line for line in tables), number
 
 
-def keras_block():
-    (block,) = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
-    namespace = {}
-    exec(block, namespace)
-    return namespace
-
-
-def test_keras_gives_each_layer_its_own_gradient_whatever_the_layers_are_called():
-    class Twins(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = (keras.layers.Dense(8, name="dense") for _ in range(2))
-            self.head = keras.layers.Dense(1)
-
-        def call(self, inputs):
-            return self.head(self.second(keras.ops.relu(self.first(inputs))))
-
-    optimizer_of = keras_block()["CentralizedAdam"]
-    inputs = np.random.default_rng(0).uniform(size=(16, 8)).astype(np.float32)
-    steps = {}
-    for is_given in (False, True):
-        keras.utils.set_random_seed(0)
-        model = Twins()
-        model(inputs)
-        variables = model.trainable_variables
-        assert len({variable.path for variable in variables}) < len(variables)
-        gradients = [np.full(v.shape, 1.0 + n, np.float32) for n, v in enumerate(variables)]
-        for gradient in gradients:
-            gradient[0] *= 2
-        optimizer = optimizer_of(1e-2)
-        optimizer.build(variables)
-        before = [np.asarray(variable.value) for variable in variables]
-        optimizer.apply(gradients, variables) if is_given else optimizer.apply(gradients)
-        steps[is_given] = [np.asarray(v.value) - old for v, old in zip(variables, before, strict=True)]
-        moments = [v for v in optimizer.variables if v.path.endswith("_momentum")]
-        for moment, gradient in zip(moments, gradients, strict=True):
-            expected = gradient - gradient.mean(0) if gradient.ndim == 2 else gradient
-            np.testing.assert_allclose(np.asarray(moment.value), 0.1 * expected, rtol=1e-5)
-    for one, other in zip(steps[False], steps[True], strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def test_keras_fits_with_centralized_gradients():
-    model = keras_block()["model"]
-    inputs = np.random.default_rng(0).uniform(size=(16, 8)).astype(np.float32)
-    model.fit(inputs, inputs.sum(1, keepdims=True), epochs=1, batch_size=16, verbose=0)
-    first_moments = {
-        variable.path: np.asarray(variable.value)
-        for variable in model.optimizer.variables
-        if variable.path.endswith("_momentum")
-    }
-    assert len(first_moments) == len(model.trainable_variables) == 4
-    for path, moment in first_moments.items():
-        assert np.abs(moment).max() > 0
-        is_kernel = "kernel" in path
-        assert (np.abs(moment.mean(0)).max() < 1e-6 * np.abs(moment).max()) == is_kernel
+def test_the_models_of_keras_train_with_centralized_gradients():
+    blocks = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        namespace = {}
+        exec(block, namespace)
+        model = namespace["model"]
+        inputs = np.random.default_rng(0).uniform(size=(16, 8)).astype(np.float32)
+        model.fit(inputs, inputs.sum(1, keepdims=True), epochs=1, batch_size=16, verbose=0)
+        first_moments = {
+            variable.path: np.asarray(variable.value)
+            for variable in model.optimizer.variables
+            if variable.path.endswith("_momentum")
+        }
+        assert len(first_moments) == len(model.trainable_variables) == 4
+        for path, moment in first_moments.items():
+            assert np.abs(moment).max() > 0
+            is_kernel = "kernel" in path
+            assert (np.abs(moment.mean(0)).max() < 1e-6 * np.abs(moment).max()) == is_kernel
