@@ -60,7 +60,7 @@ import signal
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -450,6 +450,24 @@ def record_checksum(record: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(record).encode())
 
 
+@contextlib.contextmanager
+def ctrl_c_waits() -> Iterator[None]:
+    """Lets Ctrl-C wait for the end of what must not be cut off. Another one does not wait."""
+    came = []
+
+    def note(*_: Any) -> None:
+        came.append(True)
+        signal.signal(signal.SIGINT, usual)
+
+    usual = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if came:
+        raise KeyboardInterrupt
+
+
 def save(
     manager: ocp.CheckpointManager, state: State, settings: dict[str, Any], measurements: list[Measurement]
 ) -> None:
@@ -461,7 +479,8 @@ def save(
     }
     record["checksum"] = record_checksum(record)
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-    manager.save(measurements[-1].step, args=args)
+    with ctrl_c_waits():
+        manager.save(measurements[-1].step, args=args)
 
 
 def read_record(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -540,6 +559,9 @@ def resume(
     except CheckpointError as error:
         with contextlib.redirect_stderr(stderr):
             parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.stderr = stderr
+        raise
     for name in (*CHANGEABLE, "mesh"):
         saved = record["settings"][name]
         if saved != settings[name]:
@@ -749,8 +771,8 @@ def main() -> None:
         draw(measurements, baselines, title, arguments.output)
         console.print(f"The curves are in {arguments.output.absolute()}", soft_wrap=True)
     if manager is not None:
-        # It waits for a checkpoint that is being saved. One that Ctrl-C kept from being whole has another
-        # name, and the next run deletes it.
+        # It waits for a checkpoint that is being saved. One that another Ctrl-C keeps from being whole has
+        # another name, and the next run deletes it.
         manager.close()
         console.print(f"The checkpoints are in {arguments.checkpoints}", soft_wrap=True)
     if stopped:

@@ -274,9 +274,21 @@ def test_ctrl_c_before_the_training_is_one_line(text, tmp_path):
         stopped.send_signal(signal.SIGINT)
     finally:
         ((code, _, errors),) = finish(stopped)
-    assert code == -signal.SIGINT
+    assert code == 130
     assert errors == "\nStopped by Ctrl-C.\n"
     assert list(tmp_path.iterdir()) == [checkpoints]
+
+
+def test_ctrl_c_waits_for_the_end_of_a_save_and_another_one_does_not(script):
+    ctrl_c_waits = script[0]["ctrl_c_waits"]
+    usual, done = signal.getsignal(signal.SIGINT), []
+    for number in (1, 2):
+        with pytest.raises(KeyboardInterrupt), ctrl_c_waits():
+            for _ in range(number):
+                signal.raise_signal(signal.SIGINT)
+            done.append(number)
+        assert signal.getsignal(signal.SIGINT) is usual
+    assert done == [1]
 
 
 def test_ctrl_c_in_all_processes_is_told_by_the_first(text, monkeypatch, tmp_path):
