@@ -117,7 +117,8 @@ def progress_bar(console: Console, total: int, unit: str) -> Iterator[tuple[Prog
 
 def print_table(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table; on a terminal that is too narrow for it, one line for each cell, under the row's name."""
-    table = Table(title=title, title_justify="left")
+    console.print(title)  # not as the table's own, which would be wrapped at its width
+    table = Table()
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for row in rows:
@@ -125,7 +126,6 @@ def print_table(console: Console, title: str, headings: Sequence[str], rows: Seq
     if Measurement.get(console, console.options.update(max_width=1000), table).maximum <= console.width:
         console.print(table)
         return
-    console.print(title)
     for name, *cells in rows:
         console.print(name)
         for heading, cell in zip(headings[1:], cells, strict=True):

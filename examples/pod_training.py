@@ -37,6 +37,9 @@ Each checkpoint has the checksums of its arrays and of its record, and a run goe
 them. If the last one does not, the error names the last one that does. `--resume-step 550` goes on from that
 one, and moves the later ones into a folder beside them, so that nothing is lost. One folder is for one run at
 a time: a second one is refused. A bucket has no locks, so there that is up to you.
+
+Ctrl-C ends the run with the table and the picture of what was measured, once a checkpoint that is being saved
+is whole. Of several processes it must reach all, as it does where one launcher has started them.
 """
 
 import comparison  # first: from here on Ctrl-C ends in one line

@@ -49,7 +49,7 @@ def assert_picture(path):
 @pytest.mark.usefixtures("quick_compiler")
 def test_it_trains_prints_a_table_and_goes_on_from_the_saved_model(monkeypatch, capsys, tmp_path):
     picture = tmp_path / "curves.png"
-    run(monkeypatch, SCRIPT, "--epochs", 3, "--seeds", 1, "--output", picture)
+    run(monkeypatch, SCRIPT, "--epochs", 1, "--seeds", 1, "--output", picture)
     printed = capsys.readouterr().out
     assert re.search(r"^cnn/conv_1/kernel +\(3, 3, 16, 32\) +0, 1, 2 +144 +32 ", printed, re.MULTILINE)
     assert "4 of 10 parameters are centralized" in printed
@@ -57,12 +57,10 @@ def test_it_trains_prints_a_table_and_goes_on_from_the_saved_model(monkeypatch, 
     assert [arm for arm, _, _ in rows] == ["Adam", "Adam with GC"]
     for _, loss, accuracy in rows:
         assert 0 < float(loss) < 2.3, "better than ten equal guesses"
-        assert 50 < float(accuracy) <= 100
+        assert 20 < float(accuracy) <= 100
     assert rows[0][1] != rows[1][1]
     steps = 1437 // 64
-    went_on = (
-        rf"CentralizedAdam after {3 * steps} steps, the same predictions; trained on to step {4 * steps}\."
-    )
+    went_on = rf"CentralizedAdam after {steps} steps, the same predictions; trained on to step {2 * steps}\."
     assert re.search(f"Saved and loaded: {went_on}", printed)
     assert f"The picture is in {picture}\n" in printed
     assert_picture(picture)
@@ -207,7 +205,7 @@ def test_every_example_has_help_a_picture_and_tests(script, monkeypatch, capsys,
     assert list(tmp_path.iterdir()) == []
     pictures = list((ROOT / "docs").rglob(f"{script.stem}.png"))
     assert len(pictures) == 1
-    assert pictures[0].stat().st_size < 150_000
+    assert pictures[0].stat().st_size < 200_000
     assert_picture(pictures[0])
     tests = [path for path in (ROOT / "tests").glob("test_*.py") if f'"{script.name}"' in path.read_text()]
     assert tests

@@ -91,7 +91,7 @@ def succeed(*processes):
     return [re.sub(r"\[Gloo\].*\n+", "", output) for _, output, errors in finished]
 
 
-def start_two(texts, *arguments, devices):
+def start_two(texts, *arguments, devices, steps=STEPS):
     """Two processes that find each other on this machine."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
@@ -101,6 +101,7 @@ def start_two(texts, *arguments, devices):
             text,
             *("--coordinator", coordinator, "--processes", 2, "--process-id", number),
             *("--output", f"{number}.png", *arguments),
+            steps=steps,
             devices=devices,
         )
         for number, text in enumerate(texts)
