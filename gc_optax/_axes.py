@@ -155,7 +155,7 @@ class WeightAxes:
         )
         # Without fan-in, nothing but the role says that this is a weight.
         role = self.role or "weight" if self.fan_in and not fan_in else self.role
-        return _of_rank(dataclasses.replace(self, fan_in=fan_in, fan_out=fan_out, role=role), self.rank)
+        return of_rank(dataclasses.replace(self, fan_in=fan_in, fan_out=fan_out, role=role), self.rank)
 
     def to_muon(self) -> optax.contrib.MuonDimensionNumbers | None:
         """The same axes for `optax.contrib.muon`, which orthogonalizes the matrix that they make.
@@ -322,10 +322,10 @@ def applicable(axes: WeightAxes, leaf: Any) -> WeightAxes:
 def read_from(leaf: Any, axes: WeightAxes) -> WeightAxes:
     """`axes` that were read from `leaf`, where they are applicable: they know its rank."""
     known = applicable(axes, leaf)
-    return _of_rank(known, len(leaf.shape)) if known.fan_in else known
+    return of_rank(known, len(leaf.shape)) if known.fan_in else known
 
 
-def _of_rank(axes: WeightAxes, rank: int | None) -> WeightAxes:
+def of_rank(axes: WeightAxes, rank: int | None) -> WeightAxes:
     """A copy of `axes` that knows the rank of the parameter."""
     known = dataclasses.replace(axes)
     object.__setattr__(known, "rank", rank)

@@ -144,21 +144,22 @@ def conv_only(axes: Axes) -> PyTree:
     """
     if axes is None:
         raise TypeError("conv_only needs a tree of WeightAxes or a convention such as out_last, got None")
-    return functools.partial(_convolutions, axes) if is_function(axes) else _keep_convolutions(axes)
+    return functools.partial(convolutions_of, axes) if is_function(axes) else _keepconvolutions_of(axes)
 
 
 def is_convention(function: Any) -> bool:
     """Whether a function of the parameters is one of ours, which read nothing but names and shapes."""
     if isinstance(function, functools.partial):
-        return function.func is _convolutions and is_convention(*function.args)
+        return function.func is convolutions_of and is_convention(*function.args)
     return function in (out_last, out_first)
 
 
-def _convolutions(convention: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
-    return _keep_convolutions(convention(params))
+def convolutions_of(convention: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
+    """What `conv_only(convention)` makes of the parameters."""
+    return _keepconvolutions_of(convention(params))
 
 
-def _keep_convolutions(axes: PyTree) -> PyTree:
+def _keepconvolutions_of(axes: PyTree) -> PyTree:
     return jtu.tree_map_with_path(_keep_convolution, axes)
 
 
@@ -223,20 +224,23 @@ _STACK = re.compile(r"scan|stack|ensemble|expert|moe|vmap|remat|lora")
 # Flax keeps transposed convolutions as (*window, in, out) or as (*window, out, in), unshared ones
 # with a weight of their own at each position, and scanned attention may have lost its siblings.
 _DOUBTFUL = re.compile(
-    r".*(transp|convt|tconv|deconv|upconv|unpool|upsampl|upscale).*|trans|up|local|query|key|value"
+    r".*(transp|convt|tconv|deconv|upconv|unpool|upsampl|upscale).*|trans|tr|t|dt|up|local|query|key|value"
+    r"|dec|decoder|gen|generator|g"
 )
 _MOST_CHANNELS = 4  # of an image
 _WIDEST_WINDOW = 32
 _ATTENTION_MODULES = {"query", "key", "value", "out", "attention_output"}
 
 
-def read_out_last(places: list[tuple[Path, Any]]) -> list[_Reading]:
+def read_out_last(places: list[tuple[Path, Any]], *, of_keras: bool = False) -> list[_Reading]:
     """What `out_last` makes of each leaf, and whether that is settled.
 
     It takes all leaves at once: whether "query" is a projection of an attention layer, its siblings tell.
+    `of_keras` says that the names are those of Keras's layers. "conv_1" is then no name that a framework
+    gives, and may be what a user calls a transposed or a depthwise convolution.
     """
     attention = _attention_layers(places)
-    rule = functools.partial(_out_last_kernel, attention)
+    rule = functools.partial(_out_last_kernel, attention, of_keras)
     return [_read(rule, path, leaf) for path, leaf in places]
 
 
@@ -256,7 +260,9 @@ def _read(rule: Callable[[_Name, tuple[int, ...]], _Reading], path: Path, leaf: 
     return reading._replace(axes=read_from(leaf, axes))
 
 
-def _out_last_kernel(attention: set[tuple[str, ...]], name: _Name, shape: tuple[int, ...]) -> _Reading:
+def _out_last_kernel(
+    attention: set[tuple[str, ...]], of_keras: bool, name: _Name, shape: tuple[int, ...]
+) -> _Reading:
     """The axes of a kernel of Flax, Haiku or Keras; `attention` has the parents of attention layers."""
     rank = len(shape)
     every = tuple(range(rank))
@@ -269,7 +275,7 @@ def _out_last_kernel(attention: set[tuple[str, ...]], name: _Name, shape: tuple[
         fan_out = tuple(axis for axis in every[-3:] if axis not in fan_in)
         axes = WeightAxes(fan_in, fan_out, _DOT, "out_last: named as a projection of an attention layer")
         return _Reading(axes, settled=rank == 3 and in_attention)
-    if rank >= 3 and words & {"depthwise", "dw", "dwconv"} and shape[-2] > 1:
+    if rank >= 3 and words & {"depthwise", "depthwiseconv", "dw", "dwconv", "dwise"} and shape[-2] > 1:
         # Flax and Haiku keep depthwise kernels as (*window, 1, channels): this can only be Keras.
         axes = WeightAxes(every[:-2], every[-1:], _CONV, "out_last: named as a depthwise kernel, the window")
         return _Reading(axes, settled=True)
@@ -281,7 +287,8 @@ def _out_last_kernel(attention: set[tuple[str, ...]], name: _Name, shape: tuple[
     is_convolution = _is_convolution(name, shape[:-2], shape[-2])
     op = _op(name, rank, is_convolution)
     axes = WeightAxes(every[:-1], every[-1:], op, "out_last: every axis but the last")
-    return _Reading(axes, settled=rank == 2 or (is_convolution and not any(map(_DOUBTFUL.fullmatch, words))))
+    is_doubtful = any(map(_DOUBTFUL.fullmatch, words)) or (of_keras and not _dimensions(name))
+    return _Reading(axes, settled=rank == 2 or (is_convolution and not is_doubtful))
 
 
 def _out_first_kernel(name: _Name, shape: tuple[int, ...]) -> _Reading:
@@ -367,7 +374,8 @@ def _no_weight_matrix(name: _Name, rank: int) -> str:
         if _WEIGHT.fullmatch(word):
             break
         for pattern, why in _NO_WEIGHT_MATRIX.items():
-            if pattern.fullmatch(word):
+            # Keras calls the projection from a model's width to its vocabulary "reverse_embeddings".
+            if pattern.fullmatch(word) and not (why == _A_TABLE and "reverse" in name.leaf):
                 return why
     # PyTorch and Equinox call the array of any module "weight", so the module's name must tell.
     if name.leaf == ["weight"]:

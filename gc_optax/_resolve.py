@@ -57,7 +57,13 @@ _MOST_KEPT = 8
 
 
 def settle(
-    params: PyTree, axes: Axes, mask: Mask, *, silent: bool = False, wording: Wording = CENTRALIZING
+    params: PyTree,
+    axes: Axes,
+    mask: Mask,
+    *,
+    silent: bool = False,
+    wording: Wording = CENTRALIZING,
+    of_keras: bool = False,
 ) -> list[WeightAxes]:
     """One `WeightAxes` for each leaf of `params`, with axes that are in range and not negative.
 
@@ -65,14 +71,15 @@ def settle(
     absent there is an entry too, whatever `axes` and `mask` have in its place.
 
     Where `axes` is None, `out_last` stands in for it, with a warning of the kernels that it can only guess
-    at. The `update` of an optimizer is `silent`: its `init` has warned.
+    at. `of_keras` is for names that are those of Keras's layers. The `update` of an optimizer is `silent`:
+    its `init` has warned.
     """
     axes_tree = out_last(params) if axes is None else resolve(axes, params)
     given = match("axes", axes_tree, params, prefix=False)
     kept = match("mask", True if mask is None else resolve(mask, params), params, prefix=True)
     settled = [_settle_leaf(*leaf, keep) for leaf, (_, _, keep) in zip(given, kept, strict=True)]
     if axes is None and not silent:
-        _warn_of_unsettled_kernels(params, settled, wording)
+        _warn_of_unsettled_kernels(params, settled, wording, of_keras)
     return settled
 
 
@@ -284,7 +291,9 @@ def _as_bool(keep: Any, where: str) -> bool:
     )
 
 
-def _warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes], wording: Wording) -> None:
+def _warn_of_unsettled_kernels(
+    params: PyTree, settled: list[WeightAxes], wording: Wording, of_keras: bool
+) -> None:
     """Warns, once for all of them, of the kernels that `out_last` can only guess at.
 
     Also of a lone vector, which is what `optax.flatten` shows of the parameters that it is given.
@@ -302,7 +311,9 @@ def _warn_of_unsettled_kernels(params: PyTree, settled: list[WeightAxes], wordin
     present = [axes for axes, left_out in zip(settled, absent, strict=True) if not left_out]
     doubtful = [
         f"  {place(path, leaf)}: {wording.statistic} over axes {axes.fan_in}"
-        for (path, leaf), axes, reading in zip(places, present, read_out_last(places), strict=True)
+        for (path, leaf), axes, reading in zip(
+            places, present, read_out_last(places, of_keras=of_keras), strict=True
+        )
         if axes.fan_in and not reading.settled
     ]
     if doubtful:

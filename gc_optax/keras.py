@@ -3,19 +3,20 @@
 import collections
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 
 from ._arithmetic import subtract_mean
-from ._axes import PyTree, WeightAxes
+from ._axes import PyTree, WeightAxes, of_rank
 from ._centralize import Where
-from ._conventions import conv_only, is_convention, out_first, out_last
+from ._conventions import conv_only, convolutions_of, out_first, out_last
 from ._infer import infer_axes as _infer_axes
 from ._resolve import as_weight_axes, settle
-from ._text import Wording, at, describe
+from ._text import Wording, at, describe, joined_lines
 
 _NEEDS_JAX = "set the environment variable KERAS_BACKEND to jax before Keras is imported for the first time"
 try:
@@ -37,7 +38,6 @@ _WORDING = Wording(
 )
 _PACKAGE = "gc_optax"
 _CONFIG = "centralization"
-_NOTES = ("op", "why", "role")
 
 for convention in (out_last, out_first):
     keras.saving.register_keras_serializable(_PACKAGE)(convention)
@@ -65,12 +65,12 @@ def centralized(
             `LossScaleOptimizer`, the optimizer inside is centralized, which sees the gradients unscaled.
         axes: which axes are the inputs of a weight vector. What `gc_optax.keras.infer_axes` returns, or
             another dict with an entry for each trainable variable under its `path`; where several have one
-            path, they are `path/0`, `path/1` and so on, in the order of `model.trainable_variables`. The
-            first step of the paths, the name of the model, need not be the same. Or a list in that order,
-            which fits whatever layers are called. An entry is what
-            `gc_optax.centralize` takes for a leaf. Or a function from a dict of arrays to one of axes. By
-            default it is the convention `out_last`, which reads the names of Keras's layers, with a warning
-            of what it cannot settle.
+            path, they are `path/0`, `path/1` and so on, in the order of `model.trainable_variables`. The name
+            of the model, with which the paths of some begin, need not be the same, and entries for what is
+            not trained count for nothing. Or a list in that order, which fits whatever layers are called. An
+            entry is what `gc_optax.centralize` takes for a leaf. Or a function from a dict of arrays to one
+            of axes. By default it is the convention `out_last`, with a warning of what it cannot settle: from
+            rank 3 on, all that does not have the name that Keras gives its layer.
         where: `"gradients"` centralizes what goes into the optimizer. `"updates"` centralizes the change of
             each variable, weight decay included, before constraints and moving averages: the sum of every
             weight vector stays where it is, up to the rounding of the weights.
@@ -80,11 +80,12 @@ def centralized(
 
     Raises:
         ValueError: if `where` is neither of the two, or if `optimizer` is centralized already. From `build`,
-            which `fit` calls, if `axes` does not have the paths of the variables, or as the `init` of
-            `gc_optax.centralize`.
-        TypeError: if `optimizer` or `axes` is none of the above; for an optimizer with a `stateless_apply` of
-            its own, in which there is no place for centralization; and with `where="updates"` for one with an
-            `apply` of its own, as `keras.optimizers.MultiOptimizer` has.
+            which `fit` and `load_model` call, if `axes` has no entry for a variable, or as the `init` of
+            `gc_optax.centralize`. From `apply`, if the gradients are not as many as the variables.
+        TypeError: if `optimizer` or `axes` is none of the above; for a `keras.optimizers.MultiOptimizer`, in
+            which each optimizer can be centralized; for an optimizer with a `stateless_apply` or a
+            `from_config` of its own that leaves no place for centralization, and with `where="updates"` for
+            one with an `apply` of its own.
         ImportError: when this module is imported without Keras, or with Keras on another backend than JAX.
 
     Example:
@@ -105,28 +106,13 @@ def centralized(
     """
     if not isinstance(where, str) or where not in get_args(Where):
         raise ValueError(f'where must be "gradients" or "updates", got {describe(where)}')
-    if isinstance(axes, Mapping):
-        axes = {key: as_weight_axes(leaf, at(f"[{key!r}]")) for key, leaf in axes.items()}
-    elif isinstance(axes, list):
-        axes = [as_weight_axes(leaf, at(f"[{number}]")) for number, leaf in enumerate(axes)]
-    elif not (axes is None or callable(axes)):
-        raise TypeError(
-            "axes must be a dict with the paths of the model's trainable variables, as "
-            "gc_optax.keras.infer_axes(model, inputs) returns, a list in their order, a function or None, "
-            f"got {describe(axes)}"
-        )
     if not isinstance(optimizer, str | keras.optimizers.Optimizer):
         raise TypeError(
             f"optimizer must be an optimizer of Keras or its name, got {describe(optimizer)}; "
             "for one of optax there is gc_optax.centralized"
         )
-    optimizer = keras.optimizers.get(optimizer)
-    copy = _centralized_copy(optimizer, axes, where)
-    if optimizer.built:
-        copy.build(optimizer._trainable_variables)
-        for variable, original in zip(copy.variables, optimizer.variables, strict=True):
-            variable.assign(original)
-    return copy
+    given = _Centralization(_checked(axes), where)
+    return _centralized_copy(keras.optimizers.get(optimizer), given)
 
 
 def infer_axes(model: Any, *args: Any, **kwargs: Any) -> dict[str, WeightAxes]:
@@ -148,7 +134,7 @@ def infer_axes(model: Any, *args: Any, **kwargs: Any) -> dict[str, WeightAxes]:
 
     Raises:
         ValueError: if `model` has not been built, or has no trainable variables.
-        TypeError: if `model` is no layer of Keras.
+        TypeError: if `model` is no layer of Keras, or an input is a symbolic tensor of Keras.
         ImportError: when this module is imported without Keras, or with Keras on another backend than JAX.
 
     Example:
@@ -175,6 +161,12 @@ def infer_axes(model: Any, *args: Any, **kwargs: Any) -> dict[str, WeightAxes]:
         raise ValueError(f"{model.name} has no variables yet: call it on a batch, or build it, before")
     if not model.trainable_variables:
         raise ValueError(f"{model.name} has no trainable variables")
+    for leaf in jax.tree.leaves((args, kwargs)):
+        if isinstance(leaf, keras.KerasTensor):
+            raise TypeError(
+                "the inputs must be arrays or jax.ShapeDtypeStruct, with a size for the batch too: "
+                f"jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32) for example; got {describe(leaf)}"
+            )
     params = _named(model.trainable_variables)
     fixed = [variable.value for variable in model.non_trainable_variables]
 
@@ -193,7 +185,8 @@ class _Centralization:
 
     axes: dict[str, WeightAxes] | list[WeightAxes] | Callable[[PyTree], PyTree] | None
     where: Where
-    original: dict[str, Any]  # the optimizer's class, as Keras writes it into a configuration
+    # Whether a dict has the order of the variables too: once the optimizer is built, and when it is loaded.
+    is_in_order: bool = False
 
 
 @keras.saving.register_keras_serializable(_PACKAGE, "Centralized")
@@ -201,19 +194,29 @@ class _Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
     """What a centralized optimizer does otherwise than the class that it inherits from besides."""
 
     _centralization: _Centralization
+    _fan_in: dict[int, tuple[int, ...]]
+    _original: dict[str, Any]  # the class of the optimizer, as Keras writes it into a configuration
 
     def build(self, variables: Sequence[Any]) -> None:
         """Settles the axes of the model's variables, and makes those of the optimizer."""
-        if not self.built:
-            given = self._centralization
-            settled = _settle(variables, given.axes)
-            self._fan_in = _fan_in(variables, settled)
-            if isinstance(given.axes, dict):
-                # In a model that is loaded, layers without a name of their own may have other names.
-                self._centralization = dataclasses.replace(given, axes=settled)
+        if self.built and [id(variable) for variable in variables] == list(self._fan_in):
+            return
+        given = self._centralization
+        if variables and isinstance(given.axes, dict):
+            axes = _by_path(given.axes, list(_named(variables)), given.is_in_order)
+            given = dataclasses.replace(given, axes=axes, is_in_order=True)
+        # Keras builds the optimizer of a file in its older format on no variables.
+        self._fan_in = _fan_in(variables, given.axes) if variables else {}
+        self._centralization = given
         super().build(variables)
 
-    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+    def apply(
+        self,
+        grads: Sequence[Any],
+        trainable_variables: Sequence[Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """Takes a step: all gradients come by here before anything else happens to them."""
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
@@ -223,13 +226,14 @@ class _Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         # Without variables Keras refuses to go on.
         if self.built and self._centralization.where == "gradients":
             grads = self._without_means(grads, trainable_variables)
-        super().apply(grads, trainable_variables)
+        super().apply(grads, trainable_variables, *args, **kwargs)
 
     def _without_means(self, grads: Sequence[Any], variables: Sequence[Any] | None) -> list[Any]:
         fan_in = self._fan_in
-        every = fan_in.values() if variables is None else [fan_in.get(id(each), ()) for each in variables]
+        # Keras refuses a variable that it does not know.
+        every = list(fan_in.values()) if variables is None else [fan_in.get(id(v), ()) for v in variables]
         if len(every) != len(grads):
-            return list(grads)  # which Keras refuses
+            raise ValueError(f"there are {len(grads)} gradients for {len(every)} variables")
         return [
             subtract_mean(gradient, axes) if axes and gradient is not None else gradient
             for gradient, axes in zip(grads, every, strict=True)
@@ -256,7 +260,12 @@ class _Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
     def get_config(self) -> dict[str, Any]:
         """The configuration of the optimizer, and what `centralized` was given."""
         given = self._centralization
-        written = {"axes": _encoded(given.axes), "where": given.where, "optimizer": given.original}
+        written = {
+            "axes": _encoded(given.axes),
+            "where": given.where,
+            "is_in_order": given.is_in_order,
+            "optimizer": self._original,
+        }
         return {**super().get_config(), _CONFIG: written}
 
     @classmethod
@@ -267,26 +276,72 @@ class _Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         original = keras.saving.deserialize_keras_object(
             {**given["optimizer"], "config": config}, custom_objects=custom_objects
         )
-        return centralized(original, _decoded(given["axes"], custom_objects), where=given["where"])
+        axes = _decoded(given["axes"], custom_objects)
+        return _centralized_copy(original, _Centralization(axes, given["where"], given["is_in_order"]))
+
+    def __reduce__(self) -> Any:
+        _, arguments = super().__reduce__()
+        # A pickle finds no class that is made while a program runs, and Keras reads the class off its file.
+        return _Centralized._unpickle_model, arguments
 
 
-def _centralized_copy(optimizer: Any, axes: Any, where: Where) -> Any:
-    """A centralized optimizer with the configuration of `optimizer`, which has not been built."""
+def _checked(axes: Any) -> Any:
+    """The axes that a user gave, with a `WeightAxes` in each entry; those of a function come later."""
+    if isinstance(axes, Mapping):
+        if unnamed := [key for key in axes if not isinstance(key, str)]:
+            raise TypeError(f"the keys of axes must be paths of variables, got {describe(unnamed[0])}")
+        return {path: as_weight_axes(leaf, at(f"[{path!r}]")) for path, leaf in axes.items()}
+    if isinstance(axes, list):
+        return [as_weight_axes(leaf, at(f"[{number}]")) for number, leaf in enumerate(axes)]
+    if axes is None or (callable(axes) and not isinstance(axes, keras.Layer)):
+        return axes
+    raise TypeError(
+        "axes must be a dict with the paths of the model's trainable variables, as "
+        "gc_optax.keras.infer_axes(model, inputs) returns, a list in their order, a function or None, "
+        f"got {describe(axes)}"
+    )
+
+
+def _centralized_copy(optimizer: Any, given: _Centralization) -> Any:
+    """A centralized optimizer with the configuration, the attributes and the state of `optimizer`."""
     kind: Any = type(optimizer)
     if isinstance(optimizer, _Centralized):
         raise ValueError(f"{describe(optimizer)} is centralized already")
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         config = optimizer.get_config()
-        config["inner_optimizer"] = _centralized_copy(optimizer.inner_optimizer, axes, where)
-        return kind(**config)
-    _require_a_place(kind, where)
-    config, original = _configuration(optimizer)
-    copy = super(_Centralized, _class_of(kind)).from_config(config)
-    copy._centralization = _Centralization(axes, where, original)
-    for name, value in vars(optimizer).items():
-        if name.startswith("_exclude_from_weight_decay"):  # no part of the configuration
-            setattr(copy, name, value)
+        config["inner_optimizer"] = _centralized_copy(optimizer.inner_optimizer, given)
+        copy = kind(**config)
+    else:
+        _require_a_place(kind, given.where)
+        config, original = _configuration(optimizer)
+        copy = super(_Centralized, _class_of(kind)).from_config(config)
+        if not isinstance(copy, _Centralized):
+            raise TypeError(
+                f"the from_config of {kind.__name__} must make an object of the class that it is called on, "
+                f"and it makes a {type(copy).__name__}, in which there is no place for centralization"
+            )
+        copy._centralization, copy._original = given, original
+        # What a class of one's own leaves out of its configuration, and what is no part of one in Keras: the
+        # variables without weight decay.
+        for name, value in vars(optimizer).items():
+            is_state = name in ("built", "_built")
+            if not is_state and _is_plain(value) and repr(value) != repr(getattr(copy, name, None)):
+                setattr(copy, name, value)
+    if optimizer.built:
+        copy.build(optimizer._trainable_variables)
+    for variable, of_original in zip(copy.variables, optimizer.variables, strict=True):
+        # `fit` gives its arrays away, so each optimizer needs some of its own.
+        variable.assign(jnp.copy(of_original.value))
     return copy
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an attribute is made of numbers and text, and holds no variable of Keras for example."""
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return _is_plain([*value.keys(), *value.values()])
+    return value is None or isinstance(value, bool | int | float | complex | str | re.Pattern)
 
 
 def _configuration(optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -295,14 +350,15 @@ def _configuration(optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     A schedule is taken as it is: one that somebody has written need have no configuration.
     """
     learning_rate = getattr(optimizer, "_learning_rate", None)
-    if learning_rate is None or isinstance(learning_rate, keras.Variable):
-        config, serialized = optimizer.get_config(), keras.optimizers.serialize(optimizer)
-    else:
+    is_schedule = learning_rate is not None and not isinstance(learning_rate, keras.Variable)
+    if is_schedule:
         optimizer._learning_rate = 0.0
-        try:
-            config, serialized = optimizer.get_config(), keras.optimizers.serialize(optimizer)
-        finally:
+    try:
+        config, serialized = optimizer.get_config(), keras.optimizers.serialize(optimizer)
+    finally:
+        if is_schedule:
             optimizer._learning_rate = learning_rate
+    if is_schedule and "learning_rate" in config:
         config["learning_rate"] = learning_rate
     del serialized["config"]
     return config, serialized
@@ -317,14 +373,18 @@ def _class_of(kind: Any) -> Any:
 
 def _require_a_place(kind: Any, where: Where) -> None:
     """Raises an error if an optimizer of this kind would go past the place where it is centralized."""
+    if kind is getattr(keras.optimizers, "MultiOptimizer", None):
+        raise TypeError(
+            "a MultiOptimizer is made of optimizers, each of which can be centralized: "
+            "MultiOptimizer(OptimizerMap(centralized(optimizer, axes), {pattern: centralized(other, axes)}))"
+        )
     ours = ["stateless_apply"]
     if where == "updates":
         ours += ["apply", "_backend_apply_gradients"]
     for name in ours:
         if getattr(kind, name) is not getattr(keras.optimizers.Optimizer, name):
             raise TypeError(
-                f'{kind.__name__} has a `{name}` of its own, which leaves no place for where="{where}". '
-                "If it wraps optimizers, centralize each of these before they are wrapped"
+                f'{kind.__name__} has a `{name}` of its own, which leaves no place for where="{where}"'
             )
 
 
@@ -340,46 +400,56 @@ def _named(variables: Sequence[Any]) -> dict[str, jax.Array]:
     return named
 
 
-def _settle(variables: Sequence[Any], axes: Any) -> list[WeightAxes]:
-    """The axes of each variable."""
-    named = _named(variables)
-    if isinstance(axes, list):
-        return settle(list(named.values()), axes, None)
-    if isinstance(axes, dict):
-        axes = _under_paths(axes, list(named))
-    # JAX sorts the keys of a dict.
-    settled = dict(zip(sorted(named), settle(named, axes, None, wording=_WORDING), strict=True))
-    return [settled[name] for name in named]
-
-
-def _under_paths(axes: dict[str, WeightAxes], paths: list[str]) -> dict[str, WeightAxes]:
-    """`axes` by the paths of the variables, of which the first step may be another.
-
-    It is the name of the model: "sequential" for the first, "sequential_1" for a second that is built alike,
-    and left out when it is loaded.
-    """
-    readings: tuple[Callable[[str], str], ...] = (str, _below_the_first_step)
-    for theirs, ours in itertools.product(readings, repeat=2):
-        known = {theirs(path): weight for path, weight in axes.items()}
-        wanted = [ours(path) for path in paths]
-        if len(known) == len(axes) and len(known) == len(wanted) and known.keys() == set(wanted):
-            return {path: known[ours(path)] for path in paths}
-    return axes  # which has no entry for some path, or one too many
-
-
-def _below_the_first_step(path: str) -> str:
-    return path.partition("/")[2]
-
-
-def _fan_in(variables: Sequence[Any], settled: list[WeightAxes]) -> dict[int, tuple[int, ...]]:
+def _fan_in(variables: Sequence[Any], axes: Any) -> dict[int, tuple[int, ...]]:
     """The axes to average over, by the `id` of each variable and in the order of the variables.
 
     Keras takes some gradients for the next value of the variable: the scales of float8.
     """
+    named = _named(variables)
+    if isinstance(axes, list):
+        settled = settle(list(named.values()), axes, None)
+    else:
+        # JAX sorts the keys of a dict.
+        in_its_order = settle(named, axes, None, wording=_WORDING, of_keras=True)
+        by_name = dict(zip(sorted(named), in_its_order, strict=True))
+        settled = [by_name[name] for name in named]
     return {
         id(variable): () if getattr(variable, "overwrite_with_gradient", False) else weight.fan_in
         for variable, weight in zip(variables, settled, strict=True)
     }
+
+
+def _by_path(axes: dict[str, WeightAxes], paths: list[str], is_in_order: bool) -> dict[str, WeightAxes]:
+    """The entry of `axes` for each path, in the order of the paths.
+
+    In a model that is loaded, layers without a name of their own may have other names than they had. There
+    the order decides, as long as kernels meet kernels and biases meet biases.
+    """
+    for theirs, ours in (
+        (axes, paths),
+        (_below_the_model(axes), paths),
+        (axes, _below_the_model(paths)),
+        (_below_the_model(axes), _below_the_model(paths)),
+    ):
+        known = dict(zip(theirs, axes.values(), strict=True))
+        if known.keys() >= set(ours):
+            return {path: known[name] for path, name in zip(paths, ours, strict=True)}
+    last_steps = [[path.rpartition("/")[2] for path in each] for each in (axes, paths)]
+    if is_in_order and last_steps[0] == last_steps[1]:
+        return dict(zip(paths, axes.values(), strict=True))
+    missing = [f"  {at(f'[{path!r}]')}" for path in paths if path not in axes]
+    raise ValueError(
+        f"axes has no entry for these trainable variables:\n{joined_lines(missing)}\n"
+        "Read them with gc_optax.keras.infer_axes(model, inputs) from the model as it is trained, with the "
+        "same layers frozen. A model that is loaded can be compiled anew: load_model(..., compile=False)"
+    )
+
+
+def _below_the_model(paths: Iterable[str]) -> list[str]:
+    """The paths without their first step, where that is the name of a model: all have it in common."""
+    steps = [path.split("/") for path in paths]
+    is_model = len({each[0] for each in steps}) == 1 and all(len(each) > 2 for each in steps)
+    return ["/".join(each[1:] if is_model else each) for each in steps]
 
 
 def _encoded(axes: Any) -> Any:
@@ -387,17 +457,17 @@ def _encoded(axes: Any) -> Any:
     if axes is None:
         return None
     if isinstance(axes, dict):
-        return {"by_path": {path: _fields_of(weight) for path, weight in axes.items()}}
+        return {"by_path": [[path, _fields_of(weight)] for path, weight in axes.items()]}
     if isinstance(axes, list):
         return {"in_order": [_fields_of(weight) for weight in axes]}
-    if isinstance(axes, functools.partial) and is_convention(axes):
+    if isinstance(axes, functools.partial) and axes.func is convolutions_of:
         return {"conv_only": _encoded(axes.args[0])}
     return {"function": keras.saving.serialize_keras_object(axes)}
 
 
 def _fields_of(axes: WeightAxes) -> dict[str, Any]:
-    notes = {name: getattr(axes, name) for name in _NOTES}
-    return {"fan_in": list(axes.fan_in), "fan_out": list(axes.fan_out), **notes}
+    notes = {name: getattr(axes, name) for name in ("op", "why", "role", "rank")}
+    return {"fan_in": list(map(int, axes.fan_in)), "fan_out": list(map(int, axes.fan_out)), **notes}
 
 
 def _decoded(encoded: Any, custom_objects: dict[str, Any] | None) -> Any:
@@ -406,13 +476,13 @@ def _decoded(encoded: Any, custom_objects: dict[str, Any] | None) -> Any:
         return None
     [(kind, content)] = encoded.items()
     if kind == "by_path":
-        return {path: _axes_of(fields) for path, fields in content.items()}
+        return {path: _axes_of(**fields) for path, fields in content}
     if kind == "in_order":
-        return [_axes_of(fields) for fields in content]
+        return [_axes_of(**fields) for fields in content]
     if kind == "conv_only":
         return conv_only(_decoded(content, custom_objects))
     return keras.saving.deserialize_keras_object(content, custom_objects=custom_objects)
 
 
-def _axes_of(fields: dict[str, Any]) -> WeightAxes:
-    return WeightAxes(tuple(fields["fan_in"]), tuple(fields["fan_out"]), *(fields[name] for name in _NOTES))
+def _axes_of(fan_in: list[int], fan_out: list[int], rank: int | None, **notes: Any) -> WeightAxes:
+    return of_rank(WeightAxes(tuple(fan_in), tuple(fan_out), **notes), rank)

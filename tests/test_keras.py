@@ -1,7 +1,10 @@
 """`gc_optax.keras`: optimizers for `model.compile`, and the axes of Keras models."""
 
+import copy
 import json
+import operator
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -286,8 +289,14 @@ def test_frozen_layers_stay_and_the_axes_are_those_of_the_others():
     assert moved == [False, False, True, True, True, True]
     model.layers[0].trainable = True
     model.compile(centralized("sgd", axes), loss="mse")
-    with pytest.raises(ValueError, match="axes does not have the structure of the parameters"):
+    with pytest.raises(
+        ValueError, match=r"axes has no entry for these trainable variables:\n.*/kernel'\]\n.*bias"
+    ):
         model.fit(X, Y, verbose=0)
+    axes = infer_axes(model, X)
+    model.layers[0].trainable = False
+    model.compile(centralized("sgd", axes), loss="mse")
+    model.fit(X, Y, verbose=0)
 
 
 class Twins(keras.Model):
@@ -321,19 +330,87 @@ def test_variables_that_share_a_path_are_kept_apart():
             np.testing.assert_allclose(new.sum(axis), old.sum(axis), atol=1e-5)
 
 
-def test_an_optimizer_that_has_taken_steps_goes_on_where_it_was():
-    model, other = mlp(optimizer=optimizers.Adam(0.01)), mlp(optimizer=optimizers.Adam(0.01))
-    for each in (model, other):
+def nothing(params):
+    return dict.fromkeys(params)
+
+
+def test_an_optimizer_that_has_taken_steps_goes_on_where_it_was_and_so_does_its_copy():
+    model, other = mlp(optimizer=optimizers.Adam(0.01)), mlp()
+    model.fit(X, Y, epochs=2, shuffle=False, verbose=0)
+    other.set_weights(model.get_weights())
+    other.compile(centralized(model.optimizer, nothing), loss="mse")
+    for each in (other, model):
         each.fit(X, Y, epochs=2, shuffle=False, verbose=0)
-    plain = model.optimizer
-    kept = weights(plain.variables)
-    model.compile(centralized(plain, lambda params: dict.fromkeys(params)), loss="mse")
-    for each in (model, other):
-        each.fit(X, Y, epochs=2, shuffle=False, verbose=0)
-    for one, another in zip(weights(model.variables), weights(other.variables), strict=True):
-        np.testing.assert_array_equal(one, another)
-    for old, now in zip(kept, weights(plain.variables), strict=True):
-        np.testing.assert_array_equal(old, now)
+    for group in ("trainable_variables", "optimizer.variables"):
+        one, another = (operator.attrgetter(group)(each) for each in (model, other))
+        for variable, copied in zip(one, another, strict=True):
+            np.testing.assert_array_equal(variable, copied)
+
+
+def test_the_state_inside_of_a_loss_scale_is_kept():
+    variables, gradients = variables_and_gradients()
+    inner = optimizers.Adam(0.1)
+    for _ in range(3):
+        inner.apply(gradients, variables)
+    scaled = optimizers.LossScaleOptimizer(inner)
+    for is_built in (False, True):
+        if is_built:
+            scaled.build(variables)
+        twin = centralized(scaled, AXES)
+        assert int(twin.iterations) == 3
+        for one, other in zip(twin.variables, scaled.variables, strict=True):
+            np.testing.assert_array_equal(one, other)
+    unbuilt = optimizers.SGD(0.1)
+    unbuilt.iterations.assign(7)
+    assert int(centralized(unbuilt).iterations) == 7
+
+
+class Leaky(optimizers.Optimizer):
+    """Leaves out of its configuration what it is given, as one need not for `fit`."""
+
+    def __init__(self, learning_rate=0.1, share=0.5, **kwargs):
+        super().__init__(learning_rate=learning_rate, **kwargs)
+        self.share = share
+        self.shares = [share, {"half": share / 2}]
+
+    def update_step(self, gradient, variable, learning_rate):
+        variable.assign_sub(learning_rate * self.share * gradient)
+
+
+def test_what_a_configuration_leaves_out_is_kept():
+    optimizer = centralized(Leaky(0.1, share=0.25), AXES)
+    assert (optimizer.share, optimizer.shares[1]) == (0.25, {"half": 0.125})
+    variables, gradients = variables_and_gradients()
+    start = weights(variables)
+    for _ in range(2):  # it can be built again
+        optimizer.build(variables)
+    optimizer.apply(gradients, variables)
+    expected = start[0] - 0.025 * all_but_the_last(np.asarray(gradients[0]))
+    np.testing.assert_allclose(variables[0], expected, atol=1e-6)
+    others, _ = variables_and_gradients()
+    optimizer.build(others)
+    optimizer.apply(gradients, others)
+    np.testing.assert_allclose(others[0], expected, atol=1e-6)
+
+
+def test_a_configuration_that_makes_another_class_is_refused():
+    class Stubborn(optimizers.SGD):
+        @classmethod
+        def from_config(cls, config, custom_objects=None):
+            return Stubborn(**config)
+
+    with pytest.raises(TypeError, match="from_config of Stubborn must make an object of the class"):
+        centralized(Stubborn(0.1))
+
+
+@pytest.mark.parametrize(
+    "again", [lambda given: pickle.loads(pickle.dumps(given)), copy.deepcopy], ids=["pickle", "copy"]
+)
+def test_an_optimizer_is_copied_and_pickled(again):
+    optimizer = centralized(optimizers.Adam(0.02), AXES)
+    made = again(optimizer)
+    assert type(made) is type(optimizer)
+    assert made.get_config() == optimizer.get_config()
 
 
 def test_excluded_from_decay_stays_excluded():
@@ -347,27 +424,22 @@ def test_excluded_from_decay_stays_excluded():
         np.testing.assert_array_equal(one, other)
 
 
-def test_optimizers_for_parts_of_a_model():
-    inner = {}
-
-    def choose(variable):
-        kind = "head" if variable.path.endswith("dense_2/kernel") else "rest"
-        make = {"head": optimizers.SGD, "rest": optimizers.Adam}[kind]
-        return inner.setdefault(kind, make(0.01))
-
+@pytest.mark.skipif(not hasattr(optimizers, "MultiOptimizer"), reason="this Keras has no MultiOptimizer")
+@pytest.mark.parametrize("where", ["gradients", "updates"])
+def test_the_optimizers_for_parts_of_a_model_are_centralized_each(where, tmp_path):
     model = mlp()
-    names = {layer.name: number for number, layer in enumerate(model.layers)}
-    multi = optimizers.MultiOptimizer(
-        optimizers.OptimizerMap(optimizers.Adam(0.01), {f".*{list(names)[-1]}.*": optimizers.SGD(0.01)})
-    )
-    model.compile(centralized(multi, infer_axes(model, X)), loss="mse")
+    axes, head = infer_axes(model, X), model.layers[-1].name
+    rest, of_head = (centralized(kind(0.01), axes, where=where) for kind in (optimizers.SGD, optimizers.Lion))
+    multi = optimizers.MultiOptimizer(optimizers.OptimizerMap(rest, {f".*{head}.*": of_head}))
+    with pytest.raises(TypeError, match="a MultiOptimizer is made of optimizers"):
+        centralized(multi)
+    model.compile(multi, loss="mse")
     before = model.get_weights()
     model.fit(X, Y, verbose=0)
-    head, old = model.get_weights()[-2], before[-2]
-    assert np.abs(head - old).max() > 0
-    np.testing.assert_allclose(head.sum(0), old.sum(0), atol=1e-6)
-    with pytest.raises(TypeError, match="MultiOptimizer has a `apply` of its own"):
-        centralized(multi, where="updates")
+    for number in (0, 2, 4) if where == "updates" else (0, 2):
+        old, new = before[number], model.get_weights()[number]
+        assert np.abs(new - old).max() > 0
+        np.testing.assert_allclose(new.sum(0), old.sum(0), atol=1e-6)
 
 
 def test_a_sharded_model_trains_as_a_whole_one():
@@ -392,7 +464,9 @@ def test_a_sharded_model_trains_as_a_whole_one():
 
 
 @pytest.mark.parametrize(
-    "axes", [None, out_last, out_first, conv_only(out_last), "read", "in order"], ids=str
+    "axes",
+    [None, out_last, out_first, conv_only(out_last), "read", "in order"],
+    ids=["default", "out_last", "out_first", "conv_only", "read", "in order"],
 )
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_saved_model_goes_on_as_it_would_have(axes, trained, tmp_path):
@@ -464,6 +538,45 @@ def test_a_model_that_is_called_otherwise_when_it_is_loaded_keeps_its_axes(tmp_p
     np.testing.assert_allclose(loaded.get_weights()[0].sum(0), before[0].sum(0), atol=1e-5)
 
 
+@keras.saving.register_keras_serializable("test")
+class Adapted(keras.layers.Layer):
+    """Its second weight comes first once it is loaded."""
+
+    def __init__(self, is_adapted=False, **kwargs):
+        super().__init__(**kwargs)
+        self.is_adapted = is_adapted
+
+    def build(self, shape):
+        if self.is_adapted:
+            self.adapt()
+        self.wide = self.add_weight(shape=(8, 8), name="wide")
+
+    def adapt(self):
+        self.transposed = self.add_weight(shape=(8, 8), name="transposed")
+        self.is_adapted = True
+
+    def call(self, inputs):
+        outputs = inputs @ self.wide
+        return outputs @ keras.ops.transpose(self.transposed) if self.is_adapted else outputs
+
+    def get_config(self):
+        return {**super().get_config(), "is_adapted": self.is_adapted}
+
+
+def test_axes_find_their_variables_where_a_loaded_model_has_them_in_another_order(tmp_path):
+    model = keras.Sequential([keras.Input((8,)), Adapted(is_adapted=False, name="adapted")])
+    model.layers[0]._tracker.unlock()
+    model.layers[0].adapt()
+    axes = infer_axes(model, X)
+    assert [weight.fan_in for weight in axes.values()] == [(0,), (1,)]
+    model.compile(centralized(optimizers.SGD(0.1), axes), loss="mse")
+    model.fit(X, X, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert [v.name for v in loaded.trainable_variables] == ["transposed", "wide"]
+    assert list(loaded.optimizer._fan_in.values()) == [(1,), (0,)]
+
+
 def test_the_checkpoint_of_a_plain_optimizer_is_that_of_a_centralized_one(tmp_path):
     model = mlp(optimizer=optimizers.Adam(0.01))
     model.fit(X, Y, epochs=2, verbose=0)
@@ -497,8 +610,21 @@ def test_axes_of_one_model_fit_another_that_is_built_alike():
     other.compile(centralized("sgd", list(axes.values())), loss="mse")
     other.fit(X, Y, verbose=0)
     other.compile(centralized("sgd", axes), loss="mse")
-    with pytest.raises(ValueError, match="axes does not have the structure of the parameters"):
+    with pytest.raises(ValueError, match="axes has no entry for these trainable variables"):
         other.fit(X, Y, verbose=0)
+
+
+def test_the_first_step_of_a_path_is_only_left_out_where_it_is_that_of_a_model():
+    named, typo = (
+        keras.Sequential([keras.Input((8,)), layers.Dense(4, name=name)], name="model")
+        for name in ("one", "two")
+    )
+    with pytest.raises(ValueError, match="axes has no entry"):
+        centralized("sgd", infer_axes(named, X)).build(typo.trainable_variables)
+    inputs = keras.Input((8,))
+    one, two = (keras.Model(inputs, layers.Dense(4, name=name)(inputs)) for name in ("one", "two"))
+    with pytest.raises(ValueError, match="axes has no entry"):
+        centralized("sgd", infer_axes(one, X)).build(two.trainable_variables)
 
 
 def test_a_function_of_ones_own_is_loaded_if_keras_knows_it(tmp_path):
@@ -521,19 +647,28 @@ def test_a_function_of_ones_own_is_loaded_if_keras_knows_it(tmp_path):
 
 
 def test_the_default_reads_the_names_of_layers_and_warns_of_what_it_cannot_settle():
-    model = cnn()
+    inputs = keras.Input((8, 8, 3))
+    outputs = layers.DepthwiseConv2D(3)(layers.Conv2D(4, (3, 2))(inputs))
+    outputs = layers.MultiHeadAttention(2, 3)(*2 * [layers.Reshape((-1, 4))(outputs)])
     optimizer = centralized("sgd")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer.build(model.trainable_variables)
-    keras.utils.set_random_seed(0)
-    experts = keras.Sequential([keras.Input((8, 8)), layers.EinsumDense("bei,eio->beo", output_shape=(8, 4))])
-    optimizer = centralized("sgd")
-    with pytest.warns(
-        UserWarning,
-        match=r"gc_optax.keras.centralized\(optimizer, gc_optax.keras.infer_axes\(model, inputs\)\)",
+        optimizer.build(keras.Model(inputs, layers.Dense(2)(outputs)).trainable_variables)
+    mend = "gc_optax.keras.centralized(optimizer, gc_optax.keras.infer_axes(model, inputs))"
+    for layer in (
+        layers.Conv2DTranspose(4, 3, name="conv_1"),
+        layers.DepthwiseConv2D(3, depth_multiplier=2, name="conv_b"),
+        layers.Conv2DTranspose(4, 1, name="dec_conv"),
+        layers.Conv2D(4, 3, name="stem"),
+        layers.EinsumDense("bhwi,hio->bhwo", output_shape=(8, 8, 4)),
     ):
-        optimizer.build(experts.trainable_variables)
+        model = keras.Model(inputs, layer(inputs))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            centralized("sgd").build(model.trainable_variables)
+        (warning,) = [each for each in caught if "gc_optax" in str(each.message)]
+        assert mend in str(warning.message)
+        assert f"{layer.name}/kernel" in str(warning.message)
 
 
 @pytest.mark.parametrize(
@@ -554,6 +689,8 @@ def test_the_default_reads_the_names_of_layers_and_warns_of_what_it_cannot_settl
             {},
         ),
         (TypeError, "axes must be a dict with the paths", ("sgd", 0), {}),
+        (TypeError, "axes must be a dict with the paths", ("sgd", layers.Dense(1)), {}),
+        (TypeError, "the keys of axes must be paths of variables, got 0", ("sgd", {0: 0}), {}),
         (TypeError, r"axes for \['dense/kernel'\] must be a WeightAxes", ("sgd", {"dense/kernel": "0"}), {}),
         (TypeError, r"axes for \[1\] must be a WeightAxes", ("sgd", [0, 1.5]), {}),
     ],
@@ -567,7 +704,7 @@ def test_misuse_of_a_built_optimizer_is_refused_before_it_has_variables():
     variables, gradients = variables_and_gradients()
     for axes, message in (
         ([0, 0], "axes does not have the structure"),
-        ({"a": 0, "b": 0, "c": None}, "axes does not have the structure"),
+        ({"a": 0, "b": 0, "c": None}, "axes has no entry"),
         ([7, 0, None], "axis 7 is out of range for rank 2"),
         ([WeightAxes((0,)), (0, 0), None], "an axis is repeated"),
     ):
@@ -579,8 +716,12 @@ def test_misuse_of_a_built_optimizer_is_refused_before_it_has_variables():
     with pytest.raises(ValueError, match="must already be built"):
         optimizer.apply(gradients)
     optimizer.build(variables)
-    with pytest.raises(ValueError, match="gradients must match"):
+    with pytest.raises(ValueError, match="there are 2 gradients for 3 variables"):
         optimizer.apply(gradients[:2])
+    with pytest.raises(ValueError, match="there are 2 gradients for 3 variables"):
+        optimizer.apply(gradients[:2], variables)
+    with pytest.raises(ValueError, match="there are 3 gradients for 1 variables"):
+        optimizer.apply(gradients, variables[:1])
     with pytest.raises(ValueError, match="Unknown variable"):
         optimizer.apply(gradients[:1], [keras.Variable(np.ones((5, 4)))])
 

@@ -48,7 +48,8 @@ def step(optimizer):
 
 
 def step_in_keras(optimizer):
-    variables = {name: keras.Variable(value, name=name) for name, value in PARAMS.items()}
+    names = {"conv_kernel": "conv2d_kernel", "bias": "bias"}  # as Keras names them
+    variables = {name: keras.Variable(value, name=names[name]) for name, value in PARAMS.items()}
     optimizer.apply([GRADIENTS[name] for name in variables], list(variables.values()))
     return {name: variable.value - PARAMS[name] for name, variable in variables.items()}
 
