@@ -282,11 +282,16 @@ def test_ctrl_c_before_the_training_is_one_line(text, tmp_path):
 def test_ctrl_c_waits_for_the_end_of_a_save_and_another_one_does_not(script):
     ctrl_c_waits = script[0]["ctrl_c_waits"]
     usual, done = signal.getsignal(signal.SIGINT), []
-    for number in (1, 2):
-        with pytest.raises(KeyboardInterrupt), ctrl_c_waits():
-            for _ in range(number):
+
+    def press(times):
+        with ctrl_c_waits():
+            for _ in range(times):
                 signal.raise_signal(signal.SIGINT)
-            done.append(number)
+            done.append(times)
+
+    for times in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            press(times)
         assert signal.getsignal(signal.SIGINT) is usual
     assert done == [1]
 
