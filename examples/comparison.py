@@ -8,8 +8,10 @@ what it measures to a `Comparison`:
     with comparison.measuring(console):
         ...
         comparison.add("adam alone", seed, {"loss": 0.02, "accuracy, %": 97.5})  # after every epoch
-    comparison.report(console, {"loss": 4, "accuracy, %": 2}, compare="accuracy, %")
+    comparison.report(console, {"loss": 4, "accuracy, %": 2}, compare=["accuracy, %"])
     comparison.draw(["loss", "accuracy, %"], output)
+
+Consoles are made with `markup=False`: the user's names may have brackets, which Rich takes for its markup.
 
 Import it before anything that takes long to import: from then on Ctrl-C ends the program in one line.
 """
@@ -36,6 +38,7 @@ sys.excepthook = end_in_one_line
 # ruff: noqa: E402
 import argparse
 import contextlib
+import itertools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -47,6 +50,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy import stats
 
+FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
 COLORS = ("#666666", "#0072b2", "#d55e00", "#009e73")  # apart for colour-blind readers too
 
 
@@ -69,27 +73,30 @@ def positive_number(text: str) -> float:
 def picture_path(text: str) -> pathlib.Path:
     """A path that the picture can be written to: found out before the training, not after it."""
     path = pathlib.Path(text)
-    formats = sorted(Figure().canvas.get_supported_filetypes())
-    if path.suffix[1:] not in formats:
-        raise argparse.ArgumentTypeError(f"{text} must end in one of {', '.join(formats)}")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder")
-    if not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.absolute().parent}")
-    was_there = path.exists()
+    if path.suffix.lower() not in FORMATS:
+        raise argparse.ArgumentTypeError(f"{text} must end in one of {', '.join(FORMATS)}")
     try:
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder")
+        if not path.absolute().parent.is_dir():
+            raise argparse.ArgumentTypeError(f"there is no folder {path.absolute().parent}")
+        is_new = not path.exists() and not path.is_symlink()
         path.open("ab").close()
+        if is_new:
+            path.unlink(missing_ok=True)  # another process of the same run may have been first
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from error
-    if not was_there:
-        path.unlink(missing_ok=True)  # another process of the same run may have been first
     return path
 
 
 def existing_folder(text: str) -> pathlib.Path:
     """A folder that is there."""
     path = pathlib.Path(text)
-    if not path.is_dir():
+    try:
+        is_there = path.is_dir()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read: {error.strerror}") from error
+    if not is_there:
         raise argparse.ArgumentTypeError(f"there is no folder {path.absolute()}")
     return path
 
@@ -110,8 +117,9 @@ def progress_bar(console: Console, total: int, unit: str) -> Iterator[tuple[Prog
     time_left = TimeRemainingColumn(elapsed_when_finished=True)
     columns = [BarColumn(), MofNCompleteColumn(), TextColumn(unit), time_left]
     if console.width >= 80:
-        columns.append(TextColumn("{task.description}"))
-    with Progress(*columns, console=console) as progress:
+        columns.append(TextColumn("{task.description}", markup=False))
+    # By default Rich forgets what is older than 30 seconds, and an epoch may take longer.
+    with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
         yield progress, progress.add_task("compiling", total=total)
 
 
@@ -135,11 +143,11 @@ def print_table(console: Console, title: str, headings: Sequence[str], rows: Seq
 def print_summary(console: Console, summary: str) -> None:
     """Prints the table of `gc_optax.summarize`; a terminal too narrow for it has its first columns."""
     if not console.is_terminal:
-        console.print(summary, markup=False, highlight=False, soft_wrap=True)
+        console.print(summary, highlight=False, soft_wrap=True)
         return
     table, _, totals = summary.rpartition("\n\n")
-    console.print(table, markup=False, highlight=False, no_wrap=True, overflow="ellipsis")
-    console.print(f"\n{totals}", markup=False, highlight=False)
+    console.print(table, highlight=False, no_wrap=True, overflow="ellipsis")
+    console.print(f"\n{totals}", highlight=False)
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -159,7 +167,7 @@ def difference(values: Sequence[float], others: Sequence[float], digits: int) ->
     if len(differences) == 1:
         return f"{mean:+.{digits}f} on one seed, which shows nothing: another may turn it round"
     half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-    low, high = differences.mean() - half, differences.mean() + half
+    low, high = (round(differences.mean() + end, digits) + 0.0 for end in (-half, half))
     verdict = "" if low > 0 or high < 0 else "; it holds 0: no difference shown"
     return f"{mean:+.{digits}f} (95 % interval {low:+.{digits}f} to {high:+.{digits}f}{verdict})"
 
@@ -178,6 +186,8 @@ class Comparison:
     def __init__(
         self, title: str, arms: Sequence[str], *, seeds: int, points: Sequence[int], unit: str = "epochs"
     ):
+        if len(arms) > len(COLORS):
+            raise ValueError(f"there are {len(arms)} arms, and colours for {len(COLORS)}")
         self.title, self.arms, self.seeds, self.points, self.unit = title, list(arms), seeds, points, unit
         self.stopped = False
         # curves[arm][seed][metric] has one number for each point that the run has reached.
@@ -199,12 +209,14 @@ class Comparison:
 
     def add(self, arm: str, seed: int, measured: Mapping[str, float]) -> None:
         """Notes what was measured at the next point of the run of `arm` with `seed`."""
+        # JAX waits for its devices here. After Ctrl-C meanwhile, no run has half a measurement.
+        values = {metric: float(value) for metric, value in measured.items()}
         if seed == len(self.curves[arm]):
-            self.curves[arm].append({metric: [] for metric in measured})
+            self.curves[arm].append({metric: [] for metric in values})
         run = self.curves[arm][seed]
         number = len(next(iter(run.values())))
-        for metric, value in measured.items():
-            run[metric].append(float(value))
+        for metric, value in values.items():
+            run[metric].append(value)
         since_last = self.points[number] - (self.points[number - 1] if number else 0)
         self._progress.update(self._bar, advance=since_last, description=f"seed {seed + 1}: {arm}")
 
@@ -218,11 +230,11 @@ class Comparison:
         console: Console,
         metrics: Mapping[str, int],
         *,
-        compare: str,
+        compare: Sequence[str],
         against: Mapping[str, str] | None = None,
         notes: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        """Prints the table of `metrics` (each with its number of decimals), and how the arms compare.
+        """Prints the table of `metrics` (each with its number of decimals), and how the arms compare in some.
 
         `against` says which arm each arm is compared with, all others with the first if it is left out.
         `notes` are columns of what is not measured: the cell of each arm, by the column's heading.
@@ -236,7 +248,7 @@ class Comparison:
             rows = []
             for arm, runs in self.curves.items():
                 last = runs[0] if runs else {}
-                reached = self.points[len(last[compare]) - 1] if last else 0
+                reached = self.points[len(next(iter(last.values()))) - 1] if last else 0
                 cells = [
                     f"{last[metric][-1]:.{digits}f}" if last else "-" for metric, digits in metrics.items()
                 ]
@@ -258,11 +270,15 @@ class Comparison:
         console.print(f"{of}, after {self.points[-1]} {self.unit}")
         first, *others = self.arms
         against = against or dict.fromkeys(others, first)
-        values = self.at_end(compare)
-        for other in dict.fromkeys(against.values()):
-            console.print(f"{compare}, against {other}, seed by seed:")
+        for metric, other in itertools.product(compare, dict.fromkeys(against.values())):
+            values = self.at_end(metric)
+            console.print(f"{metric}, against {other}, seed by seed:")
             for arm in (arm for arm in against if against[arm] == other):
-                console.print(f"  {arm}: {difference(values[arm], values[other], metrics[compare])}")
+                console.print(f"  {arm}: {difference(values[arm], values[other], metrics[metric])}")
+        if seeds > 1:
+            console.print(
+                "Intervals are over seeds, and say nothing of other data, models or learning rates."
+            )
 
     def draw(
         self,
@@ -293,7 +309,7 @@ class Comparison:
         """Does what `draw` does on a figure, or a part of one, that has more to show."""
         figure.suptitle(self.title)
         for metric, axes in zip(metrics, np.atleast_1d(figure.subplots(1, len(metrics))), strict=True):
-            for (arm, runs), color in zip(self.curves.items(), COLORS, strict=False):
+            for (arm, runs), color in zip(self.curves.items(), COLORS[: len(self.arms)], strict=True):
                 kept = runs[: max(1, self._finished_seeds())]
                 if not kept:
                     continue

@@ -103,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Shows the axes, trains, prints the table and saves the picture."""
     arguments = parse_arguments()
-    console = Console()
+    console = Console(markup=False)
     data = load()
     model = initialize(0)  # its activations are leaves of it too; they are no arrays, and are left alone
     exact = gc_optax.infer_axes(loss, model, *data[:2])
@@ -126,7 +126,7 @@ def main() -> None:
             for name, optimizer in optimizers.items():
                 for measured in train_epochs(optimizer, steps[name], seed, data, arguments.epochs):
                     runs.add(name, seed, measured)
-    runs.report(console, {"training loss": 4, "test loss": 4}, compare="test loss")
+    runs.report(console, {"training loss": 4, "test loss": 4}, compare=["training loss", "test loss"])
     runs.draw(["training loss", "test loss"], arguments.output, log=["training loss", "test loss"])
     runs.finish(console, arguments.output)
 

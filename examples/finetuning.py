@@ -297,13 +297,16 @@ def make_arms(
 def checkpoint_folder(text: str) -> pathlib.Path:
     """A folder that holds a checkpoint of this script, or that one can be written to."""
     folder = pathlib.Path(text)
-    if (folder / RECORD).exists():
-        return folder
-    there = folder if folder.exists() else folder.absolute().parent
-    if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {there}")
-    if there == folder and any(folder.iterdir()):
-        raise argparse.ArgumentTypeError(f"{text} holds something else than the network of this example")
+    try:
+        if (folder / RECORD).exists():
+            return folder
+        there = folder if folder.exists() else folder.absolute().parent
+        if not there.is_dir():
+            raise argparse.ArgumentTypeError(f"there is no folder {there}")
+        if there == folder and any(folder.iterdir()):
+            raise argparse.ArgumentTypeError(f"{text} holds something else than the network of this example")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read: {error.strerror}") from error
     if not os.access(there, os.W_OK):
         raise argparse.ArgumentTypeError(f"{there} cannot be written to")
     return folder
@@ -346,7 +349,7 @@ def main() -> None:
     """Pretrains, fine-tunes, prints the table and saves the picture."""
     new_digits = load(CLASSES)
     arguments, parser = parse_arguments(new_digits)
-    console = Console()
+    console = Console(markup=False)
     with contextlib.ExitStack() as stack:
         if "checkpoint" in arguments:
             folder = arguments.checkpoint
@@ -380,7 +383,7 @@ def main() -> None:
     runs.report(
         console,
         {"training loss": 5, "test accuracy, %": 2},
-        compare="test accuracy, %",
+        compare=["training loss", "test accuracy, %"],
         against={"full with GC": "full", "LoRA": "full", "LoRA with GC": "LoRA"},
         notes={"trained parameters": {name: f"{size:,}" for name, size in sizes.items()}},
     )

@@ -322,7 +322,7 @@ def main() -> None:
     """Trains, prints the tables and saves the picture."""
     train, test = load()
     arguments = parse_arguments(len(train.labels))
-    console = Console()
+    console = Console(markup=False)
     title = (
         f"CNN on 8x8 digits: {arguments.optimizer} at {arguments.learning_rate:g}, "
         f"{arguments.epochs} epochs, batches of {arguments.batch_size}"
@@ -344,7 +344,7 @@ def main() -> None:
                     if seed == 0:
                         shown[arm].append(kernel)
                     runs.add(arm, seed, measured)
-    runs.report(console, {"training loss": 5, "test accuracy, %": 2}, compare="test accuracy, %")
+    runs.report(console, {"training loss": 5, "test accuracy, %": 2}, compare=["test accuracy, %"])
     console.print()
     print_layers(console, runs, axes, params)
     before = jax.jit(jax.grad(loss))(params, first_batch)

@@ -118,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Shows the axes, trains, prints the table and saves the picture."""
     arguments = parse_arguments()
-    console = Console()
+    console = Console(markup=False)
     data = load()
     params = network.init(jax.random.key(0), data[0][:1])
     axes = gc_optax.infer_axes(loss, params, *data[:2])
@@ -139,7 +139,9 @@ def main() -> None:
             for name, optimizer in optimizers.items():
                 for measured in train_epochs(optimizer, steps[name], seed, data, arguments.epochs):
                     runs.add(name, seed, measured)
-    runs.report(console, {"training loss": 4, "test accuracy, %": 2}, compare="test accuracy, %")
+    runs.report(
+        console, {"training loss": 4, "test accuracy, %": 2}, compare=["training loss", "test accuracy, %"]
+    )
     console.print(f"One of the {len(data[2])} test images is {100 / len(data[2]):.2f} points.")
     runs.draw(["training loss", "test accuracy, %"], arguments.output, log=["training loss"])
     runs.finish(console, arguments.output)

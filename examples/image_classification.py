@@ -5,7 +5,7 @@ schedule with warm-up, and AdamW or SGD with momentum. `gc_optax.infer_axes` rea
 that is trained, with the batch statistics and the dropout key as arguments. Both arms start from the same
 weights, see the same images, shifted and mirrored in the same way, and drop the same units.
 
-    python examples/image_classification.py [--optimizer sgd] [--epochs 30] [--seeds 5]
+    python examples/image_classification.py [--optimizer adamw] [--epochs 30] [--seeds 3]
 
 trains on the 1,797 digits of 8x8 pixels that come with scikit-learn. With a folder that has the four gzipped
 files of Fashion-MNIST (https://github.com/zalandoresearch/fashion-mnist), as they are published, it trains on
@@ -196,7 +196,7 @@ def initialize(seed: int, data: Data, optimizer: optax.GradientTransformation) -
     variables = jax.jit(functools.partial(CNN().init, train=False))(
         jax.random.key(seed), data.train.pixels[:1]
     )
-    return TrainState.create(apply_fn=CNN.apply, tx=optimizer, **variables)
+    return TrainState.create(apply_fn=CNN().apply, tx=optimizer, **variables)
 
 
 def train_epochs(
@@ -275,7 +275,7 @@ def main() -> None:
     """Trains, prints the table and saves the picture."""
     parser, arguments = parse_arguments()
     data = get_data(parser, arguments)
-    console = Console()
+    console = Console(markup=False)
     images = len(data.train.labels)
     console.print(f"{images} images of {data.name} to train on, {len(data.test.labels)} to test with")
 
@@ -305,7 +305,7 @@ def main() -> None:
             for name, tx in optimizers.items():
                 for measured in train_epochs(tx, seed, data, arguments):
                     runs.add(name, seed, measured)
-    runs.report(console, {"test accuracy, %": 2, "test loss": 4}, compare="test accuracy, %")
+    runs.report(console, {"test accuracy, %": 2, "test loss": 4}, compare=["test accuracy, %"])
     tested = len(data.test.labels)
     console.print(f"One of the {tested} test images is {100 / tested:.2f} points.")
     runs.draw(["test accuracy, %", "test loss"], arguments.output, log=["test loss"])

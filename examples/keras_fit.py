@@ -197,7 +197,7 @@ def main() -> None:
     train, test = load()
     arguments = parse_arguments(len(train.labels))
     train = whole_batches(train, arguments.batch_size)
-    console = Console()
+    console = Console(markup=False)
     print_axes(train, console)
     title = (
         f"Keras CNN on 8x8 digits: Adam at {arguments.learning_rate:g}, "
@@ -210,7 +210,9 @@ def main() -> None:
         for seed in range(arguments.seeds):
             for arm in runs.arms:
                 model = fit(arm, seed, train, test, runs, arguments)
-    runs.report(console, {"training loss": 4, "test accuracy, %": 2}, compare="test accuracy, %")
+    runs.report(
+        console, {"training loss": 4, "test accuracy, %": 2}, compare=["training loss", "test accuracy, %"]
+    )
     console.print(f"One of the {len(test.labels)} test images is {100 / len(test.labels):.2f} points.")
     runs.draw(["training loss", "test accuracy, %"], arguments.output, log=["training loss"])
     if not runs.stopped:

@@ -256,7 +256,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Text]:
 def main() -> None:
     """Trains, prints the table, saves the picture, and lets the model write."""
     arguments, text = parse_arguments()
-    console = Console()
+    console = Console(markup=False)
     console.print(f"{len(text.train):,} bytes to train on, {len(text.held_out):,} bytes held out")
     optimizers = make_optimizers(arguments, console)
     points = [*range(arguments.measure_every, arguments.steps, arguments.measure_every), arguments.steps]
@@ -272,7 +272,9 @@ def main() -> None:
                 model, optimizer = start(jax.random.key(seed))
                 for measured in train(model, optimizer, seed, text, points, arguments):
                     runs.add(name, seed, measured)
-    runs.report(console, {"training perplexity": 3, "held-out perplexity": 3}, compare="held-out perplexity")
+    runs.report(
+        console, {"training perplexity": 3, "held-out perplexity": 3}, compare=["held-out perplexity"]
+    )
     pairs = bigram_perplexity(text, cut_held_out(text, arguments.length))
     console.print(f"Counting pairs of bytes gives a held-out perplexity of {pairs:.2f}.")
     runs.draw(
@@ -283,7 +285,7 @@ def main() -> None:
     if not runs.stopped:
         console.print(f"After {arguments.length} held-out bytes, the last model ({name}) writes:\n")
         written = np.asarray(write_on(model, text.held_out[: arguments.length].astype(np.int32)))
-        console.print(as_shown(written), markup=False, highlight=False, soft_wrap=True)
+        console.print(as_shown(written), highlight=False, soft_wrap=True)
         console.print()
     runs.finish(console, arguments.output)
 

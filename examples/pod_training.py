@@ -739,7 +739,7 @@ def main() -> None:
     settings = describe_run(arguments, mesh, text)
     checksum = np.uint32(zlib.crc32(json.dumps(settings).encode()))
     multihost_utils.assert_equal(checksum, "the processes have different texts or options")
-    console = Console(quiet=jax.process_index() > 0)
+    console = Console(markup=False, quiet=jax.process_index() > 0)
     manager = None
     if arguments.checkpoints is not None:
         lock_checkpoints(arguments, parser, console)

@@ -157,7 +157,7 @@ def main() -> None:
     """Trains, prints the table and saves the picture."""
     train, test = load()
     arguments = parse_arguments(len(train.labels))
-    console = Console()
+    console = Console(markup=False)
     optimizer = OPTIMIZERS[arguments.optimizer](arguments.learning_rate)
     optimizers = {
         f"{arguments.optimizer} alone": optimizer,
@@ -179,7 +179,9 @@ def main() -> None:
                 for measured in train_epochs(tx, steps[name], seed, train, test, arguments):
                     runs.add(name, seed, measured)
     runs.report(
-        console, {"training loss": 5, "test accuracy, %": 2, "training, s": 2}, compare="test accuracy, %"
+        console,
+        {"training loss": 5, "test accuracy, %": 2, "training, s": 2},
+        compare=["training loss", "test accuracy, %"],
     )
     console.print(f"One of the {len(test.labels)} test images is {100 / len(test.labels):.2f} points.")
     runs.draw(["training loss", "test accuracy, %"], arguments.output, log=["training loss"])

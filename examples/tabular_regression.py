@@ -168,7 +168,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Trains, prints the table and saves the picture."""
     arguments = parse_arguments()
-    console = Console()
+    console = Console(markup=False)
     params = initialize(0)
     axes = gc_optax.infer_axes(loss, params, load(0)[0], jax.random.key(0))
     comparison.print_summary(console, gc_optax.summarize(params, axes))
@@ -192,7 +192,7 @@ def main() -> None:
             for name, optimizer in optimizers.items():
                 for measured in train_epochs(optimizer, epochs[name], seed, train, test, arguments):
                     runs.add(name, seed, measured)
-    runs.report(console, {"training loss": 4, "test loss": 4, "head moved": 4}, compare="test loss")
+    runs.report(console, {"training loss": 4, "test loss": 4, "head moved": 4}, compare=["test loss"])
     finished = len(runs.at_end("test loss")["adamw alone"])
     if finished:
         linear = comparison.spread([linear_regression(seed) for seed in range(finished)], 4)
