@@ -4,6 +4,7 @@ import atexit
 import os
 import re
 import shutil
+import signal
 import tempfile
 from importlib import metadata
 
@@ -18,6 +19,11 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["KERAS_HOME"] = tempfile.mkdtemp(prefix="keras-")
 atexit.register(shutil.rmtree, os.environ["KERAS_HOME"])
+
+# What a shell starts in the background ignores Ctrl-C, and so does all that it starts. The tests that press it
+# need a program that does not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests are about programs for the CPU unless JAX_PLATFORMS says otherwise, also those in other processes.
 jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
