@@ -20,8 +20,8 @@ os.environ["KERAS_BACKEND"] = "jax"
 os.environ["KERAS_HOME"] = tempfile.mkdtemp(prefix="keras-")
 atexit.register(shutil.rmtree, os.environ["KERAS_HOME"])
 
-# What a shell starts in the background ignores Ctrl-C, and so does all that it starts. The tests that press it
-# need a program that does not.
+# What a shell starts in the background ignores Ctrl-C, and so does all that it starts. The tests that press
+# it need a program that does not.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
