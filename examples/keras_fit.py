@@ -80,6 +80,7 @@ def load() -> tuple[Digits, Digits]:
     """Four fifths of the images of each digit to train on, the others to test with."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).reshape(-1, 8, 8, 1).astype(np.float32)
+    labels = labels.astype(np.int32)  # the integers of JAX
     split = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
     train_images, test_images, train_labels, test_labels = split
     return Digits(train_images, train_labels), Digits(test_images, test_labels)
