@@ -223,8 +223,8 @@ class _Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
             if trainable_variables and not self.built:
                 with keras.name_scope(self.name, caller=self):
                     self.build(trainable_variables)
-        # Without variables Keras refuses to go on.
-        if self.built and self._centralization.where == "gradients":
+        # Without variables Keras refuses to go on, and without gradients it does nothing.
+        if len(grads) and self.built and self._centralization.where == "gradients":
             grads = self._without_means(grads, trainable_variables)
         super().apply(grads, trainable_variables, *args, **kwargs)
 

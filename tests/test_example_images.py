@@ -76,7 +76,7 @@ def test_folders_of_images_are_told_apart(photos, monkeypatch, capsys, tmp_path)
     rows = rows_of(printed)
     assert [row[0] for row in rows] == ["RMSprop alone", "RMSprop with GC"]
     for _, seconds, accuracy, loss in rows:
-        assert 0 < float(seconds) < 60
+        assert float(seconds) > 0
         assert float(accuracy) in (0, 50, 100)
         assert 0 < float(loss) < 5
     assert rows[0][3] != rows[1][3], "two different ways to train"

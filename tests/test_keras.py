@@ -426,7 +426,7 @@ def test_excluded_from_decay_stays_excluded():
 
 @pytest.mark.skipif(not hasattr(optimizers, "MultiOptimizer"), reason="this Keras has no MultiOptimizer")
 @pytest.mark.parametrize("where", ["gradients", "updates"])
-def test_the_optimizers_for_parts_of_a_model_are_centralized_each(where, tmp_path):
+def test_the_optimizers_for_parts_of_a_model_are_centralized_each(where):
     model = mlp()
     axes, head = infer_axes(model, X), model.layers[-1].name
     rest, of_head = (centralized(kind(0.01), axes, where=where) for kind in (optimizers.SGD, optimizers.Lion))
@@ -627,7 +627,7 @@ def test_the_first_step_of_a_path_is_only_left_out_where_it_is_that_of_a_model()
         centralized("sgd", infer_axes(one, X)).build(two.trainable_variables)
 
 
-def test_a_function_of_ones_own_is_loaded_if_keras_knows_it(tmp_path):
+def test_a_function_of_ones_own_is_loaded_if_keras_knows_it():
     @keras.saving.register_keras_serializable("test")
     def first_axis(params):
         return {path: 0 if leaf.ndim == 2 else None for path, leaf in params.items()}
@@ -716,6 +716,7 @@ def test_misuse_of_a_built_optimizer_is_refused_before_it_has_variables():
     with pytest.raises(ValueError, match="must already be built"):
         optimizer.apply(gradients)
     optimizer.build(variables)
+    optimizer.apply([])  # does nothing in Keras
     with pytest.raises(ValueError, match="there are 2 gradients for 3 variables"):
         optimizer.apply(gradients[:2])
     with pytest.raises(ValueError, match="there are 2 gradients for 3 variables"):
