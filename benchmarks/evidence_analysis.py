@@ -1,0 +1,626 @@
+"""Makes the tables and the pictures of docs/evidence.md and README.md from the runs that `evidence.py` kept.
+
+    python benchmarks/evidence_analysis.py
+
+Every arm is compared with "no GC" seed by seed: both have the same initial weights and the same data, and
+each has the learning rate and the weight decay that were best for it on validation data. All metrics are such
+that lower is better, so a negative difference is a gain.
+"""
+
+import argparse
+import functools
+import math
+import pathlib
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from evidence import (
+    ARMS,
+    RESULTS,
+    ROW_OF_RATES,
+    Grid,
+    Point,
+    Results,
+    Run,
+    arms_of,
+)
+from evidence_tasks import TASKS, Task
+from matplotlib.figure import Figure
+from scipy import stats
+
+ROOT = pathlib.Path(__file__).parent.parent
+OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW", "lion": "Lion", "muon": "Muon"}
+COLORS = {
+    "none": "#666666",
+    "gradients": "#0072b2",
+    "updates": "#56b4e9",
+    "optax": "#d55e00",
+    "random": "#009e73",
+    "convolutions": "#cc79a7",
+}
+MARKERS = dict(zip(COLORS, "osD^vP", strict=True))
+
+
+# Statistics
+
+
+class Paired(NamedTuple):
+    """The mean of paired differences, its 95 % interval by Student's t, and the p-value of a mean of zero."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+    def scaled(self, by: float) -> "Paired":
+        """In another unit, for example percent of something."""
+        return Paired(self.mean * by, self.low * by, self.high * by, self.p)
+
+    def told(self, digits: int) -> str:
+        """For instance "-0.21 (-0.33 to -0.09)"."""
+        return f"{self.mean:+.{digits}f} ({self.low:+.{digits}f} to {self.high:+.{digits}f})"
+
+    @property
+    def shows(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+
+def pair(values: Sequence[float], others: Sequence[float]) -> Paired:
+    """How far some values lie from others, seed by seed."""
+    differences = np.subtract(values, others)
+    if not differences.any():
+        return Paired(0.0, 0.0, 0.0, 1.0)
+    test = stats.ttest_1samp(differences, 0.0)
+    interval = test.confidence_interval(0.95)
+    return Paired(float(differences.mean()), float(interval.low), float(interval.high), float(test.pvalue))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction: the chance of a single false finding among all of them stays below 5 % at 0.05."""
+    corrected = [0.0] * len(p_values)
+    so_far = 0.0
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        so_far = max(so_far, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = so_far
+    return corrected
+
+
+class Correlation(NamedTuple):
+    """Spearman's rank correlation with a 95 % interval."""
+
+    rho: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """For instance "-0.40 (-0.80 to +0.20)"."""
+        return f"{self.rho:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
+
+def correlate(x: Sequence[float], y: Sequence[float]) -> Correlation:
+    """How well the order of `x` tells the order of `y`, for at least four points.
+
+    The interval is Fisher's, with the variance of Bonett and Wright, Psychometrika 65 (2000).
+    """
+    rho = float(stats.spearmanr(x, y).statistic)
+    half = stats.norm.ppf(0.975) * math.sqrt((1 + rho**2 / 2) / (len(x) - 3))
+    center = math.atanh(min(max(rho, -0.9999), 0.9999))
+    return Correlation(rho, math.tanh(center - half), math.tanh(center + half))
+
+
+# What was run
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task with an optimizer, and its runs."""
+
+    name: str
+    optimizer: str
+    results: Results
+
+    @property
+    def task(self) -> Task:
+        """The task."""
+        return TASKS[self.name]
+
+    @property
+    def title(self) -> str:
+        """For tables."""
+        return f"{self.task.title}, {OPTIMIZERS[self.optimizer]}"
+
+    @functools.cached_property
+    def runs(self) -> list[Run]:
+        """All of them."""
+        return [run for run in self.results.lines if (run.task, run.optimizer) == (self.name, self.optimizer)]
+
+    def grid(self, arm: str) -> Grid:
+        """The settings of an arm, with as many steps and tuning seeds as the runs have."""
+        (steps,) = {run.steps for run in self.runs}
+        tuning = {run.seed for run in self.runs if run.on == "validation"}
+        return Grid(self.name, self.optimizer, arm, steps, len(tuning))
+
+    @functools.cache  # noqa: B019 - a case lives as long as the program
+    def best(self, arm: str) -> Point | None:
+        """The setting that was chosen; nothing where the search has not ended."""
+        return self.grid(arm).choose(self.results)[0]
+
+    def tested(self, arm: str, point: Point | None = None) -> list[dict[str, Any]]:
+        """What the test runs measured, seed by seed."""
+        setting = self.grid(arm).run(point or self.best(arm), "test", 0)
+        return [
+            self.results.lines[run]
+            for run in sorted(self.runs)
+            if (run.arm, run.rate, run.decay, run.on) == (arm, setting.rate, setting.decay, "test")
+        ]
+
+    @property
+    def arms(self) -> list[str]:
+        """Those that were tested with as many seeds as "no GC"."""
+        known = [arm for arm in arms_of(self.task) if any(run.arm == arm for run in self.runs)]
+        known = [arm for arm in known if self.best(arm)]
+        return [arm for arm in known if len(self.tested(arm)) == len(self.tested("none"))]
+
+    def values(self, lines: Iterable[dict[str, Any]], of: Callable[[list[float]], float]) -> list[float]:
+        """A number of each run's curve of the metric; NaN where the run diverged."""
+        return [math.nan if "diverged" in line else of(line[self.task.metric]) for line in lines]
+
+
+def final(curve: Sequence[float]) -> float:
+    """The metric after the last step."""
+    return curve[-1]
+
+
+def steps_to(threshold: float, line: dict[str, Any]) -> float:
+    """The step at which a run is first as good as a threshold, on straight lines between measurements."""
+    curve = line["curve"]
+    for number, (value, at) in enumerate(zip(curve, line["at"], strict=True)):
+        if value <= threshold:
+            if number == 0:
+                return at
+            before, begun = curve[number - 1], line["at"][number - 1]
+            return begun + (at - begun) * (before - threshold) / (before - value)
+    return line["steps"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm of a case beside "no GC"; differences are in units of the metric, `steps` in percent."""
+
+    case: Case
+    arm: str
+    seeds: int
+    without: float
+    final: Paired
+    best: Paired
+    steps: Paired
+    corrected: float = 1.0
+
+    @property
+    def change(self) -> Paired:
+        """The final difference, in percent of the metric without GC."""
+        return self.final.scaled(100 / self.without)
+
+    @property
+    def verdict(self) -> str:
+        """In words; where Holm's correction leaves less than certainty, it says so."""
+        if not self.final.shows:
+            return "no difference shown"
+        word = "better" if self.final.mean < 0 else "worse"
+        return word if self.corrected < 0.05 else f"{word}, not after correction"
+
+
+def compare(case: Case, arm: str) -> Row:
+    """An arm beside "no GC", seed by seed."""
+    ways = [case.tested(arm), case.tested("none")]
+    if any("diverged" in line for way in ways for line in way):
+        raise ValueError(f"{case.title}: a run of {arm} or of no GC has diverged at its best setting")
+    finals, bests = ([case.values(way, of) for way in ways] for of in (final, min))
+    halfway = statistics.fmean(line[case.task.metric][len(line["at"]) // 2 - 1] for line in ways[1])
+    reached = [[steps_to(halfway, line | {"curve": line[case.task.metric]}) for line in way] for way in ways]
+    return Row(
+        case,
+        arm,
+        len(ways[0]),
+        statistics.fmean(finals[1]),
+        pair(*finals),
+        pair(*bests),
+        pair(*reached).scaled(100 / statistics.fmean(reached[1])),
+    )
+
+
+def all_rows(cases: Iterable[Case]) -> list[Row]:
+    """Every arm of every case, with p-values that are corrected over all of them."""
+    rows = [compare(case, arm) for case in cases for arm in case.arms if arm != "none"]
+    corrected = holm([row.final.p for row in rows])
+    return [Row(**{**vars(row), "corrected": p}) for row, p in zip(rows, corrected, strict=True)]
+
+
+# What predicts the gain
+
+
+def removed_of(case: Case, when: int, layer: str | None = None) -> float:
+    """The share of the squared norm of the gradients that GC removes, without GC, averaged over the seeds.
+
+    Args:
+        case: whose "no GC" runs.
+        when: 0 for before the first step, 1 for after a twentieth of them.
+        layer: of this layer's weights alone; of all weights that are centralized otherwise.
+    """
+
+    def of_run(line: dict[str, Any]) -> float:
+        weights = {path: pair for path, pair in line["removed"][when].items() if pair[0] > 0}
+        if layer is not None:
+            weights = {path: pair for path, pair in weights.items() if layer in path.split("/")}
+        squares = sum(square for _, square in weights.values())
+        return sum(fraction * square for fraction, square in weights.values()) / squares
+
+    return statistics.fmean(of_run(line) for line in case.tested("none"))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What GC changes, in percent of the metric without it, and what it removes at the start and early on."""
+
+    label: str
+    removed: tuple[float, float]
+    change: Paired
+
+
+def gains_of_tasks(rows: Iterable[Row]) -> list[Gain]:
+    """Of GC of the gradients on the whole model."""
+    return [
+        Gain(row.case.title, (removed_of(row.case, 0), removed_of(row.case, 1)), row.change)
+        for row in rows
+        if row.arm == "gradients"
+    ]
+
+
+def gains_of_layers(cases: Iterable[Case], by: int) -> list[Gain]:
+    """Of GC of one layer at a time, with 2 to the power of `by` times the best rate without GC."""
+    found = []
+    for case in cases:
+        best = case.best("none")
+        point = Point(best.rate + by, best.decay)
+        for layer in sorted({run.arm.removeprefix("layer:") for run in case.runs if run.arm[:6] == "layer:"}):
+            lines = case.tested(f"layer:{layer}", point)
+            finals = case.values(lines, final), case.values(case.tested("none", point)[: len(lines)], final)
+            change = pair(*finals).scaled(100 / statistics.fmean(finals[1]))
+            removed = removed_of(case, 0, layer), removed_of(case, 1, layer)
+            found.append(Gain(f"{case.title}, {layer}", removed, change))
+    return found
+
+
+# Tables
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def unit(task: Task) -> str:
+    """What the numbers of a task are."""
+    return (
+        "error, %" if task.metric == "error" else "nats a byte" if "bytes" in task.title else "squared error"
+    )
+
+
+def digits(task: Task) -> int:
+    """Decimals of its metric that mean something."""
+    return 2 if task.metric == "error" else 4
+
+
+def short_table(rows: Sequence[Row]) -> str:
+    """GC of the gradients on every task, for the README."""
+    return table(
+        ["task and optimizer", "seeds", "without GC", "difference with GC (95 % interval)", ""],
+        [
+            [
+                row.case.title,
+                str(row.seeds),
+                f"{row.without:.{digits(row.case.task)}f} {unit(row.case.task)}",
+                row.final.told(digits(row.case.task)),
+                row.verdict,
+            ]
+            for row in rows
+            if row.arm == "gradients"
+        ],
+    )
+
+
+def full_table(rows: Sequence[Row]) -> str:
+    """Every arm on every task."""
+    return table(
+        [
+            "task and optimizer",
+            "arm",
+            "seeds",
+            "final",
+            "best",
+            "steps to halfway, %",
+            "p (Holm)",
+            "final metric",
+        ],
+        [
+            [
+                f"{row.case.title}: {unit(row.case.task)}",
+                ARMS[row.arm].title,
+                str(row.seeds),
+                row.final.told(digits(row.case.task)),
+                row.best.told(digits(row.case.task)),
+                row.steps.told(1),
+                "< 0.001" if row.corrected < 0.001 else f"{row.corrected:.3f}",
+                row.verdict,
+            ]
+            for row in rows
+        ],
+    )
+
+
+def counts_table(rows: Sequence[Row]) -> str:
+    """For each arm, on how many of the cases it is better, worse, or neither."""
+    lines = []
+    for arm in [arm for arm in ARMS if arm != "none"]:
+        mine = [row for row in rows if row.arm == arm]
+        better, worse = ([row for row in mine if row.verdict == word] for word in ("better", "worse"))
+        changes = [row.change.mean for row in mine]
+        lines.append(
+            [
+                ARMS[arm].title,
+                str(len(mine)),
+                str(len(better)),
+                str(len(worse)),
+                str(len(mine) - len(better) - len(worse)),
+                f"{statistics.median(changes):+.1f} ({min(changes):+.1f} to {max(changes):+.1f})"
+                if mine
+                else "-",
+            ]
+        )
+    return table(
+        ["arm", "cases", "better", "worse", "neither", "median change of the metric, % (range)"], lines
+    )
+
+
+def settings_table(cases: Iterable[Case]) -> str:
+    """What was chosen for each arm, and among what."""
+    lines = []
+    for case in cases:
+        for arm in case.arms:
+            grid = case.grid(arm)
+            tried = {(r.rate, r.decay) for r in case.runs if r.arm == arm and r.on == "validation"}
+            chosen = grid.run(case.best(arm), "test", 0)
+            rates = sorted({rate for rate, _ in tried})
+            lines.append(
+                [
+                    case.title,
+                    ARMS[arm].title,
+                    f"{chosen.rate:g}",
+                    f"{rates[0]:g} to {rates[-1]:g} ({len(rates)})",
+                    f"{chosen.decay:g}",
+                    ", ".join(f"{decay:g}" for decay in sorted({decay for _, decay in tried})),
+                ]
+            )
+    return table(["task and optimizer", "arm", "rate", "rates tried", "decay", "decays tried"], lines)
+
+
+def removed_table(cases: Iterable[Case]) -> str:
+    """What GC removes of the gradient of each weight, without GC: the mean over the seeds."""
+    lines = []
+    for name in dict.fromkeys(case.name for case in cases):
+        case = next(case for case in cases if case.name == name)
+        tested = case.tested("none")
+        for path in tested[0]["removed"][0]:
+            shares = [statistics.fmean(line["removed"][when][path][0] for line in tested) for when in (0, 1)]
+            if any(shares):
+                lines.append([case.title, f"`{path}`", *(f"{100 * share:.1f} %" for share in shares)])
+    return table(
+        ["task and optimizer", "weight", "before the first step", "after a twentieth of them"], lines
+    )
+
+
+def correlation_table(sets: dict[str, list[Gain]]) -> str:
+    """Whether what GC removes tells what it changes."""
+    return table(
+        ["points", "number", "removed before the first step", "removed after a twentieth"],
+        [
+            [title, str(len(gains)), *(str(correlate_gains(gains, when)) for when in (0, 1))]
+            for title, gains in sets.items()
+        ],
+    )
+
+
+def correlate_gains(gains: Sequence[Gain], when: int) -> Correlation:
+    """Of the removed share with the change: negative where more removed goes with a lower metric."""
+    return correlate([gain.removed[when] for gain in gains], [gain.change.mean for gain in gains])
+
+
+def layer_table(cases: Sequence[Case]) -> str:
+    """GC of one layer at a time."""
+    return table(
+        [
+            "task, optimizer and layer",
+            "removed at the start, early",
+            "change at the best rate, %",
+            "at a quarter, %",
+        ],
+        [
+            [
+                one.label,
+                ", ".join(f"{100 * share:.0f} %" for share in one.removed),
+                one.change.told(1),
+                other.change.told(1),
+            ]
+            for one, other in zip(gains_of_layers(cases, 0), gains_of_layers(cases, -2), strict=True)
+        ],
+    )
+
+
+# Pictures
+
+
+def draw_forest(rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Every arm of every case: the change of the final metric in percent, with its interval."""
+    cases = list(dict.fromkeys(row.case for row in rows))
+    figure = Figure(figsize=(9, 1.2 + 0.62 * len(cases)), layout="constrained")
+    axes = figure.subplots()
+    arms = [arm for arm in ARMS if arm != "none"]
+    for row in rows:
+        y = cases.index(row.case) + 0.14 * (arms.index(row.arm) - 2)
+        mean, low, high, _ = row.change
+        axes.errorbar(
+            mean,
+            y,
+            xerr=[[mean - low], [high - mean]],
+            color=COLORS[row.arm],
+            fmt=MARKERS[row.arm],
+            markersize=4.5,
+            capsize=2,
+            linewidth=1.2,
+        )
+    for number in range(1, len(cases), 2):
+        axes.axhspan(number - 0.5, number + 0.5, color="#f2f2f2", zorder=0)
+    axes.axvline(0, color="#333333", linewidth=1)
+    for arm in arms:
+        axes.plot([], [], MARKERS[arm], color=COLORS[arm], label=ARMS[arm].title)
+    axes.set_yticks(range(len(cases)), [f"{case.title} (n = {len(case.tested('none'))})" for case in cases])
+    axes.set_ylim(len(cases) - 0.5, -0.5)
+    axes.set_xscale("symlog", linthresh=10)
+    ticks = [-50, -20, -10, -5, 0, 5, 10, 20, 50, 100, 200]
+    low, high = min(row.change.low for row in rows), max(row.change.high for row in rows)
+    axes.set_xlim(1.15 * min(low, -10), 1.15 * max(high, 10))
+    inside = [tick for tick in ticks if 1.15 * min(low, -10) <= tick <= 1.15 * max(high, 10)]
+    axes.set_xticks(inside, [f"{tick:+d}" if tick else "0" for tick in inside])
+    axes.minorticks_off()
+    axes.set_xlabel(
+        "better   ←   change of the test metric against no GC, %, with 95 % intervals   →   worse"
+    )
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def draw_rates(cases: Sequence[Case], path: pathlib.Path) -> None:
+    """The metric on validation data at every rate that all arms were tried with, decay in the middle."""
+    columns = 4
+    height = math.ceil(len(cases) / columns)
+    figure = Figure(figsize=(12, 2.4 * height + 0.6), layout="constrained")
+    panels = figure.subplots(height, columns, squeeze=False).flat
+    for case, panel in zip(cases, panels, strict=False):
+        for arm in [arm for arm in ("none", "gradients", "optax", "random") if arm in case.arms]:
+            grid = case.grid(arm)
+            decay = grid.first_decay
+            curve = {}
+            for rate in ROW_OF_RATES:
+                runs = grid.tuning(Point(rate, decay))
+                curve[runs[0].rate] = statistics.fmean(map(case.results.final, runs))
+            panel.plot(
+                *zip(*curve.items(), strict=True),
+                f"{MARKERS[arm]}-",
+                color=COLORS[arm],
+                label=ARMS[arm].title,
+                markersize=4,
+            )
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(list(curve), [f"{rate:g}" for rate in curve])
+        panel.minorticks_off()
+        panel.set_title(case.title, fontsize=8)
+        panel.set_ylabel(unit(case.task), fontsize=8)
+        panel.tick_params(labelsize=7)
+    for panel in list(panels):
+        panel.set_axis_off()
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=4, frameon=False)
+    figure.supxlabel("learning rate", fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def draw_removed(sets: dict[str, list[Gain]], path: pathlib.Path) -> None:
+    """What GC changes over what it removes early in training, with intervals."""
+    figure = Figure(figsize=(4 * len(sets), 3.8), layout="constrained")
+    for (title, gains), panel in zip(
+        sets.items(), figure.subplots(1, len(sets), squeeze=False)[0], strict=True
+    ):
+        x = [100 * gain.removed[1] for gain in gains]
+        means = [gain.change.mean for gain in gains]
+        spread = np.array([[g.change.mean - g.change.low, g.change.high - g.change.mean] for g in gains]).T
+        panel.errorbar(x, means, yerr=spread, fmt="o", color=COLORS["gradients"], markersize=4, capsize=2)
+        panel.axhline(0, color="#333333", linewidth=1)
+        panel.set_title(f"{title}\nrank correlation {correlate_gains(gains, 1)}", fontsize=9)
+        panel.set_xlabel("removed early in training, %", fontsize=9)
+        panel.set_ylabel("change of the metric with GC, %", fontsize=9)
+        panel.tick_params(labelsize=8)
+    figure.savefig(path, dpi=110)
+
+
+# The pages
+
+
+def replace_blocks(page: str, blocks: dict[str, str]) -> str:
+    """A page with new text between `<!-- evidence: NAME -->` and `<!-- end -->`, for each name in it."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"{match[1]}\n\n{blocks[match[2]]}\n\n{match[3]}"
+
+    return re.sub(r"(<!-- evidence: ([\w-]+) -->).*?(<!-- end -->)", block, page, flags=re.DOTALL)
+
+
+def analyse(folder: pathlib.Path) -> tuple[list[Case], list[Row], dict[str, list[Gain]]]:
+    """The cases that were tested, their arms beside "no GC", and what GC removes beside what it changes."""
+    results = Results(folder)
+    there = {(run.task, run.optimizer) for run in results.lines if run.on == "test"}
+    cases = [
+        Case(name, optimizer, results)
+        for name, task in TASKS.items()
+        for optimizer in task.rates
+        if (name, optimizer) in there
+    ]
+    cases = [case for case in cases if len(case.arms) > 1]
+    rows = all_rows(cases)
+    sets = {
+        "tasks and optimizers": gains_of_tasks(rows),
+        "single layers, at the best rate": gains_of_layers(cases, 0),
+        "single layers, at a quarter of it": gains_of_layers(cases, -2),
+    }
+    return cases, rows, {title: gains for title, gains in sets.items() if len(gains) > 3}
+
+
+def make_blocks(cases: list[Case], rows: list[Row], sets: dict[str, list[Gain]]) -> dict[str, str]:
+    """The text of every block, by its name."""
+    return {
+        "short": short_table(rows),
+        "full": full_table(rows),
+        "counts": counts_table(rows),
+        "settings": settings_table(cases),
+        "removed": removed_table(cases),
+        "layers": layer_table(cases),
+        "correlation": correlation_table(sets),
+    }
+
+
+def main() -> None:
+    """Draws the pictures and writes the tables into the pages."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="the folder of the results")
+    parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="the folder of README.md and docs/")
+    chosen = parser.parse_args()
+    analysis = cases, rows, sets = analyse(chosen.results)
+    pictures = chosen.root / "docs" / "evidence"
+    draw_forest(rows, pictures / "forest.png")
+    draw_rates(cases, pictures / "rates.png")
+    draw_removed(sets, pictures / "removed.png")
+    blocks = make_blocks(*analysis)
+    for name in ("README.md", "docs/evidence.md"):
+        page = chosen.root / name
+        page.write_text(replace_blocks(page.read_text(), blocks))
+    print(blocks["counts"])
+    print(f"{len(rows)} rows; written into README.md and docs/evidence.md of {chosen.root}.")
+
+
+if __name__ == "__main__":
+    main()
