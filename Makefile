@@ -7,13 +7,14 @@ INSTALL = $(PIP_INSTALL)
 # One process for each processor. What is in one file shares fixtures, or a page's names, and stays together.
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help demo demo-pod examples test test-oldest test-newest test-tpu lint build clean
+.PHONY: help demo demo-pod examples evidence test test-oldest test-newest test-tpu lint build clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         train a small Flax model with and without gradient centralization"
 	@echo "make demo-pod     train a sharded language model on eight simulated devices"
 	@echo "make examples     run every example with small settings, a few minutes in all"
+	@echo "make evidence     make the tables and pictures of docs/evidence.md from the runs that are kept"
 	@echo "make test         run the tests, the docstrings' examples and the Python blocks of README.md and docs/"
 	@echo "make test-oldest  run what is not slow with the oldest versions that pyproject.toml allows"
 	@echo "make test-newest  run what is not slow with the newest versions, on Python 3.13"
@@ -49,6 +50,9 @@ examples: .venv/examples.installed
 		echo; echo "python examples/$$name.py $$*"; \
 		$(BIN)/python "examples/$$name.py" "$$@" --output "$$pictures/$$name.png"; \
 	done
+
+evidence: .venv/evidence.installed
+	$(BIN)/python benchmarks/evidence_analysis.py
 
 test: .venv/dev.installed
 	$(PYTEST) --cov

@@ -10,8 +10,8 @@ What is there:
 - Each arm has a learning rate and a weight decay of its own. They are chosen on validation data, with seeds
   that no test uses: see `Grid.choose`.
 
-Every finished run is a line of `evidence_results/TASK.jsonl`. What is there is not run again, so what was stopped
-goes on where it was. `evidence_analysis.py` makes the tables and pictures from these files.
+Every finished run is a line of `evidence_results/TASK.jsonl`. What is there is not run again: what was
+stopped goes on where it was. `evidence_analysis.py` makes the tables and pictures from these files.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -75,7 +76,8 @@ def project_off_random(axes: Any, seed: jax.Array) -> optax.GradientTransformati
     def init(params: Any) -> Any:
         drawn = optax.tree.random_like(jax.random.key(seed), params, jax.random.normal)
         squares = mean_part(jax.tree.map(jnp.square, drawn))
-        # What is not centralized has no mean part: there is no direction to project off.
+        # Scaled to entries with a mean square of 1, for which the mean of the products is all that it takes.
+        # What is not centralized has no mean part, and no direction to project off.
         return jax.tree.map(lambda r, s: jnp.where(s > 0, r / jnp.sqrt(s), 0), drawn, squares)
 
     def update(updates: Any, directions: Any, params: Any = None) -> tuple[Any, Any]:
@@ -328,7 +330,10 @@ class Results:
         self.folder = folder
         self.lines: dict[Run, dict[str, Any]] = {}
         for path in sorted(folder.glob("*.jsonl")):
-            for line in path.read_text().splitlines():
+            text = path.read_text()
+            if text and not text.endswith("\n"):
+                raise SystemExit(f"The last line of {path} was cut off while it was written: remove it.")
+            for line in text.splitlines():
                 measured = json.loads(line)
                 self.lines[as_run(measured)] = measured
 
@@ -460,10 +465,16 @@ def needed(results: Results, chosen: argparse.Namespace) -> list[Run]:
 # The command line
 
 
-def set_data_dir(folder: pathlib.Path, cores: Any = None) -> None:
-    """Says where Fashion-MNIST is; a process of several keeps to one processor."""
+def set_data_dir(folder: pathlib.Path) -> None:
+    """Says where Fashion-MNIST is."""
     global DATA_DIR
     DATA_DIR = folder
+
+
+def prepare_process(folder: pathlib.Path, cores: Any) -> None:
+    """For one process of several: it keeps to a processor of its own, and leaves Ctrl-C to the first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_data_dir(folder)
     if cores is not None:
         os.sched_setaffinity(0, {cores.get()})
 
@@ -481,7 +492,7 @@ def trainers(processes: int, data_dir: pathlib.Path) -> Iterator[Callable[[Seque
         cores = context.SimpleQueue()
         for core in sorted(os.sched_getaffinity(0))[:processes]:
             cores.put(core)
-    pool = concurrent.futures.ProcessPoolExecutor(processes, context, set_data_dir, (data_dir, cores))
+    pool = concurrent.futures.ProcessPoolExecutor(processes, context, prepare_process, (data_dir, cores))
 
     def in_pool(runs: Sequence[Run]) -> Iterator[Any]:
         futures = [pool.submit(train, run) for run in runs]
@@ -522,7 +533,15 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="run the tests of the first SEEDS seeds again, and say which do not give what the results have",
     )
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    for name in chosen.task:
+        try:
+            TASKS[name].split(0, chosen.data_dir)
+        except FileNotFoundError as error:
+            parser.error(f"{name} needs Fashion-MNIST, and there is no {error.filename}: give --data-dir")
+        except ImportError as error:
+            parser.error(f"{name} needs {error.name}: pip install '.[evidence]'")
+    return chosen
 
 
 def compare_again(results: Results, trainer: Any, chosen: argparse.Namespace) -> bool:
@@ -550,7 +569,7 @@ def compare_again(results: Results, trainer: Any, chosen: argparse.Namespace) ->
 def main() -> None:
     """Runs what is not there yet."""
     chosen = parse_arguments()
-    chosen.results.mkdir(exist_ok=True)
+    chosen.results.mkdir(parents=True, exist_ok=True)
     results = Results(chosen.results)
     try:
         with trainers(chosen.processes, chosen.data_dir) as trainer:

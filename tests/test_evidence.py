@@ -1,0 +1,380 @@
+"""The evidence: runs are paired and repeatable, settings are chosen fairly, and pages say what was run."""
+
+import importlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import stats
+
+import gc_optax
+
+ROOT = pathlib.Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "evidence_results"
+QUICK = ("--task", "diabetes", "--steps", 4, "--seeds", 2, "--tuning-seeds", 1)
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a benchmark by its name."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def evidence(load):
+    return load("evidence")
+
+
+@pytest.fixture
+def analysis(load):
+    return load("evidence_analysis")
+
+
+def call(script, *arguments):
+    command = [sys.executable, BENCHMARKS / script, *map(str, arguments)]
+    environment = os.environ | {"COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def lines_of(folder):
+    return [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A folder with the runs of a task that trains for four steps, with two optimizers."""
+    folder = tmp_path_factory.mktemp("quick")
+    done = call("evidence.py", *QUICK, "--results", folder)
+    assert done.returncode == 0, done.stderr
+    assert f"All is there: {len(lines_of(folder))} runs" in done.stdout
+    return folder
+
+
+@pytest.mark.slow
+def test_every_arm_is_tuned_and_then_tested_with_the_same_seeds(quick, evidence):
+    lines = lines_of(quick)
+    arms = {"none", "gradients", "updates", "optax", "random"}
+    for optimizer in ("sgd", "adamw"):
+        mine = [line for line in lines if line["optimizer"] == optimizer]
+        tested = [(line["arm"], line["seed"]) for line in mine if line["on"] == "test"]
+        assert sorted(tested) == sorted((arm, seed) for arm in arms for seed in (0, 1))
+        for arm in arms:
+            tuned = [line for line in mine if line["arm"] == arm and line["on"] == "validation"]
+            assert {line["seed"] for line in tuned} == {evidence.FIRST_TUNING_SEED}
+            assert len({line["rate"] for line in tuned}) >= 5
+            best = min(tuned, key=lambda line: line["loss"][-1])
+            (chosen,) = {(x["rate"], x["decay"]) for x in mine if x["arm"] == arm and x["on"] == "test"}
+            assert chosen == (best["rate"], best["decay"])
+    removed = [line for line in lines if "removed" in line]
+    assert {(line["arm"], line["on"]) for line in removed} == {("none", "test")}
+    assert len(removed) == 4
+    for line in removed:
+        before, after = line["removed"]
+        assert (
+            before.keys()
+            == after.keys()
+            == {f"Dense_{n}/{leaf}" for n in range(3) for leaf in ("kernel", "bias")}
+        )
+        assert all(0 <= fraction <= 1 for fraction, _ in after.values())
+        assert all((fraction > 0) == ("kernel" in path) for path, (fraction, _) in before.items())
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_and_comes_out_the_same_in_several_processes(quick, tmp_path):
+    whole = (quick / "diabetes.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "diabetes.jsonl").write_text("".join(whole[: len(whole) // 3]))
+    done = call("evidence.py", *QUICK, "--results", tmp_path, "--processes", 2)
+    assert done.returncode == 0, done.stderr
+    resumed = (tmp_path / "diabetes.jsonl").read_text().splitlines(keepends=True)
+    assert resumed[: len(whole) // 3] == whole[: len(whole) // 3], "nothing is run twice"
+    assert sorted(resumed) == sorted(whole)
+
+
+@pytest.mark.slow
+def test_runs_that_are_kept_can_be_checked(quick, tmp_path):
+    shutil.copy(quick / "diabetes.jsonl", tmp_path)
+    arguments = (
+        "--task",
+        "diabetes",
+        "--optimizer",
+        "sgd",
+        "--arm",
+        "random",
+        "--again",
+        "--results",
+        tmp_path,
+    )
+    done = call("evidence.py", *arguments)
+    assert "2 of 2 runs gave the results that are kept." in done.stdout
+    assert done.returncode == 0
+    lines = lines_of(tmp_path)
+    changed = next(
+        line for line in lines if line["arm"] == "random" and line["on"] == "test" and line["seed"] == 1
+    )
+    changed["loss"][-1] += 1e-3
+    (tmp_path / "diabetes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = call("evidence.py", *arguments)
+    assert done.returncode == 1 or changed["optimizer"] != "sgd"
+    assert ("not the same" in done.stdout) == (changed["optimizer"] == "sgd")
+
+
+@pytest.mark.parametrize("arm", ["gradients", "updates", "optax", "random", "layer:Dense_1"])
+def test_arms_have_the_same_weights_and_data(evidence, arm):
+    def run(arm, rate):
+        made = evidence.train(evidence.Run("diabetes", "sgd", arm, rate, 0.0, "validation", 3, 4))
+        return made["loss"]
+
+    assert run(arm, 0.0) == run("none", 0.0)
+    assert run(arm, 0.1) != run("none", 0.1)
+
+
+def test_a_run_that_diverges_says_so_and_is_the_worst(evidence, tmp_path):
+    run = evidence.Run("diabetes", "sgd", "none", 1e30, 0.0, "validation", 0, 8)
+    measured = evidence.train(run)
+    assert measured["diverged"] <= 8
+    results = evidence.Results(tmp_path)
+    results.add(measured)
+    assert results.final(run) == float("inf")
+    assert evidence.Results(tmp_path).lines == results.lines
+
+
+# The control
+
+
+@pytest.fixture
+def weights():
+    params = {"kernel": jnp.zeros((6, 4)), "conv": jnp.zeros((3, 2, 5)), "bias": jnp.zeros(4)}
+    axes = gc_optax.out_last(params)
+    key = jax.random.key(1)
+    return optax.tree.random_like(key, params, jax.random.normal), axes
+
+
+def test_the_control_projects_each_weight_vector_off_a_unit_vector_of_its_own(evidence, weights):
+    gradients, axes = weights
+    control = evidence.project_off_random(axes, 5)
+    drawn = control.init(gradients)
+    directions = jax.tree.map(lambda leaf: leaf / 6**0.5, drawn)
+    assert jnp.allclose(jnp.sum(directions["kernel"] ** 2, 0), 1)
+    assert jnp.allclose(jnp.sum(directions["conv"] ** 2, (0, 1)), 1)
+    assert jnp.linalg.matrix_rank(directions["kernel"]) == 4
+    updates, _ = control.update(gradients, drawn)
+    along = jnp.sum(updates["kernel"] * directions["kernel"], 0)
+    assert jnp.allclose(along, 0, atol=1e-6)
+    moved = gradients["kernel"] - updates["kernel"]
+    expected = directions["kernel"] * jnp.sum(gradients["kernel"] * directions["kernel"], 0)
+    assert jnp.allclose(moved, expected, atol=1e-6)
+    assert (updates["bias"] == gradients["bias"]).all()
+    assert jnp.allclose(jnp.sum(updates["conv"] * directions["conv"], (0, 1)), 0, atol=1e-6)
+
+
+def test_with_the_mean_direction_the_control_is_gradient_centralization(evidence, weights):
+    gradients, axes = weights
+    control = evidence.project_off_random(axes, 5)
+    mean = {"kernel": jnp.ones((6, 4)), "conv": jnp.ones((3, 2, 5)), "bias": jnp.zeros(4)}
+    updates, _ = control.update(gradients, mean)
+    expected = gc_optax.centralize_gradients(gradients, axes)
+    assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, atol=1e-6), updates, expected))
+
+
+def test_other_seeds_have_other_directions(evidence, weights):
+    gradients, axes = weights
+    first, second = (evidence.project_off_random(axes, seed).init(gradients) for seed in (1, 2))
+    assert not jnp.allclose(first["kernel"], second["kernel"])
+
+
+def test_one_layer_alone_is_centralized(evidence):
+    axes = {
+        "Dense_1": {"kernel": gc_optax.WeightAxes((0,))},
+        "Dense_10": {"kernel": gc_optax.WeightAxes((0,))},
+    }
+    gradients = {"Dense_1": {"kernel": jnp.eye(3)}, "Dense_10": {"kernel": jnp.eye(3)}}
+    optimizer = evidence.find_arm("layer:Dense_1").wrap(optax.identity(), axes, 0)
+    updates, _ = optimizer.update(gradients, optimizer.init(gradients))
+    assert jnp.allclose(updates["Dense_1"]["kernel"].sum(0), 0, atol=1e-6)
+    assert (updates["Dense_10"]["kernel"] == jnp.eye(3)).all()
+
+
+# Choosing a setting
+
+
+def search(evidence, folder, of_setting):
+    """The setting that is chosen where a run with a rate and a decay ends as `of_setting` says."""
+    results, grid = evidence.Results(folder), evidence.Grid("digits", "sgd", "none", 4, 2)
+    rounds = 0
+    while True:
+        point, left = grid.choose(results)
+        if point is not None:
+            return grid, point, results
+        rounds += 1
+        assert rounds < 50
+        for run in left:
+            metric = of_setting(run.rate, run.decay)
+            results.lines[run] = vars(run) | {"error": [metric]}
+
+
+@pytest.mark.parametrize("best_rate", [0.1 * 2.0**power for power in (-5, -2, 0, 1, 2, 4)])
+@pytest.mark.parametrize("best_decay", [0.0, 1e-4, 1e-3, 1e-2])
+def test_the_search_ends_at_a_best_setting_that_is_within_the_grid(evidence, tmp_path, best_rate, best_decay):
+    def metric(rate, decay):
+        return abs(np.log2(rate / best_rate)) + abs(np.log10(decay + 1e-5) - np.log10(best_decay + 1e-5))
+
+    grid, point, results = search(evidence, tmp_path, metric)
+    run = grid.run(point, "test", 0)
+    assert (run.rate, run.decay) == (best_rate, best_decay)
+    rates = {run.rate for run in results.lines}
+    assert min(rates) < best_rate < max(rates)
+    assert len(rates) >= 5
+
+
+def test_what_diverges_is_not_chosen(evidence, tmp_path):
+    grid, point, _ = search(evidence, tmp_path, lambda rate, decay: float("inf") if rate > 0.1 else -rate)
+    assert grid.run(point, "test", 0).rate == 0.1
+
+
+@pytest.mark.parametrize(
+    "name", ["digits", "mnist1d_cnn", "mnist1d_mlp", "diabetes", "friedman", "transformer"]
+)
+def test_what_settings_are_chosen_on_is_never_trained_on_or_tested(evidence, name):
+    task = evidence.TASKS[name]
+    splits = [task.split(seed, pathlib.Path("nowhere")) for seed in (0, 1)]
+    as_rows = [[{x.tobytes() for x in part.inputs} for part in split] for split in splits]
+    if name != "diabetes":  # its inputs are scaled by those that a seed trains on
+        assert as_rows[0][1] == as_rows[1][1]
+    assert as_rows[0][0] != as_rows[1][0]
+    for train, validation, test in as_rows:
+        assert len(train & test) <= 0.02 * len(test), "of text and of digits some are the same"
+        assert len(validation & (train | test)) <= 0.02 * len(validation)
+    assert len(splits[0].train.targets) >= task.batch
+
+
+# Statistics
+
+
+def test_pairs_are_compared_as_by_the_paired_t_test(analysis):
+    values, others = np.random.default_rng(0).normal(size=(2, 12))
+    result = analysis.pair(values, others)
+    expected = stats.ttest_rel(values, others)
+    assert result.p == pytest.approx(expected.pvalue)
+    assert (result.low, result.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert analysis.pair(values, values) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_p_values_are_corrected_as_holm_says(analysis):
+    # By hand: 0.01 * 4, max(that, 0.02 * 3), max(that, 0.03 * 2), max(that, 0.5 * 1).
+    assert analysis.holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert analysis.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_the_correlation_is_of_ranks_and_its_interval_narrows_with_points(analysis):
+    x = np.arange(12.0)
+    y = np.where(np.arange(12) % 3, x, -x)
+    few, many = analysis.correlate(x, y), analysis.correlate(np.tile(x, 9), np.tile(y, 9))
+    assert few.rho == pytest.approx(many.rho) == pytest.approx(stats.spearmanr(x, np.exp(y)).statistic)
+    assert few.low < many.low < few.rho < many.high < few.high
+    assert analysis.correlate(x, x).rho == 1
+
+
+def test_the_step_at_which_a_threshold_is_reached_lies_between_measurements(analysis):
+    line = {"curve": [4.0, 3.0, 1.0, 2.0], "at": [10, 20, 30, 40], "steps": 40}
+    assert analysis.steps_to(5.0, line) == 10
+    assert analysis.steps_to(2.0, line) == 25
+    assert analysis.steps_to(0.5, line) == 40, "never"
+
+
+# Pages
+
+
+def test_blocks_are_replaced_and_all_else_is_kept(analysis):
+    page = "a\n<!-- evidence: one -->\nold\n<!-- end -->\nb\n<!-- evidence: two -->\n<!-- end -->\n"
+    page = analysis.replace_blocks(page, {"one": "1", "two": "2", "three": "3"})
+    expected = (
+        "a\n<!-- evidence: one -->\n\n1\n\n<!-- end -->\nb\n<!-- evidence: two -->\n\n2\n\n<!-- end -->\n"
+    )
+    assert page == expected
+    assert analysis.replace_blocks(page, {"one": "1", "two": "2"}) == expected
+
+
+@pytest.mark.slow
+def test_the_analysis_makes_pages_and_pictures_of_quick_runs(quick, tmp_path):
+    (tmp_path / "docs" / "evidence").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("<!-- evidence: short -->\n<!-- end -->\n")
+    (tmp_path / "docs" / "evidence.md").write_text("<!-- evidence: full -->\n<!-- end -->\n")
+    done = call("evidence_analysis.py", "--results", quick, "--root", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| diabetes, MLP, SGD | 2 |" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "docs" / "evidence.md").read_text().count("| a random direction |") == 2
+    assert (tmp_path / "docs" / "evidence" / "forest.png").stat().st_size > 5000
+
+
+def test_the_pages_say_what_the_runs_that_are_kept_show(analysis):
+    blocks = analysis.make_blocks(*analysis.analyse(RESULTS))
+    for name in ("README.md", "docs/evidence.md"):
+        page = (ROOT / name).read_text()
+        assert "<!-- evidence: " in page
+        assert analysis.replace_blocks(page, blocks) == page, f"make evidence changes {name}"
+
+
+def test_no_best_rate_lies_at_the_edge_of_its_grid(analysis):
+    cases, _, _ = analysis.analyse(RESULTS)
+    assert cases
+    for case in cases:
+        for arm in case.arms:
+            tuned = [run for run in case.runs if run.arm == arm and run.on == "validation"]
+            rates = {run.rate for run in tuned}
+            best = case.grid(arm).run(case.best(arm), "test", 0)
+            assert len(rates) >= 5, (case.title, arm)
+            assert min(rates) < best.rate < max(rates), (case.title, arm)
+            assert best.decay < 10, "the highest that there is"
+            assert {run.seed for run in tuned}.isdisjoint(line["seed"] for line in case.tested(arm))
+
+
+# Mistakes
+
+
+def test_missing_data_is_named_before_anything_is_trained(tmp_path):
+    done = call("evidence.py", "--task", "fashion_bn", "--data-dir", tmp_path, "--results", tmp_path / "new")
+    assert done.returncode == 2
+    assert "fashion_bn needs Fashion-MNIST" in done.stderr
+    assert str(tmp_path) in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_line_that_was_cut_off_is_named(evidence, tmp_path):
+    (tmp_path / "digits.jsonl").write_text('{"task": "dig')
+    with pytest.raises(SystemExit, match=r"last line of .*digits\.jsonl was cut off"):
+        evidence.Results(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_keeps_what_was_run(tmp_path, processes):
+    arguments = [*QUICK, "--steps", 40, "--results", tmp_path, "--processes", processes]
+    command = [sys.executable, BENCHMARKS / "evidence.py", *map(str, arguments)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while not (tmp_path / "diabetes.jsonl").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate()
+    assert process.returncode == 130
+    assert told.strip().splitlines()[-1].startswith("Stopped by Ctrl-C;")
+    assert "Traceback" not in told
+    assert lines_of(tmp_path)
