@@ -50,6 +50,7 @@ FIRST_TUNING_SEED = 10_000
 ROW_OF_RATES = range(-2, 3)  # powers of two around the middle of the grid
 DECAYS = {"sgd": (0.0, 1e-4, 1e-3, 1e-2, 1e-1), "muon": (0.0,)}
 DECOUPLED_DECAYS = (0.0, 0.01, 0.1, 1.0, 10.0)
+CROSSED = ("none", "gradients")  # arms that are tested with the setting of each other
 BY_LAYER = ("digits", "mnist1d_mlp")  # GC on one layer at a time
 BY_LAYER_OPTIMIZERS = ("sgd", "adamw")
 SEEDS_BY_LAYER = 50
@@ -446,20 +447,30 @@ def needed(results: Results, chosen: argparse.Namespace) -> list[Run]:
     """What is to be run next; what comes after that depends on how it ends."""
     runs: dict[Run, None] = {}
     for name in chosen.task:
-        task = TASKS[name]
-        seeds = chosen.seeds or task.seeds
-        for optimizer in [optimizer for optimizer in task.rates if optimizer in chosen.optimizer]:
-            for arm in [arm for arm in arms_of(task) if arm in chosen.arm]:
-                grid = Grid(
-                    name, optimizer, arm, chosen.steps or task.steps, chosen.tuning_seeds or task.tuning_seeds
-                )
-                best, left = grid.choose(results)
-                if best is not None:
-                    left = [grid.run(best, "test", seed) for seed in range(seeds)]
-                    if arm == "none" and name in BY_LAYER and optimizer in BY_LAYER_OPTIMIZERS:
-                        left += by_layer(grid, best, seeds)
-                runs |= dict.fromkeys(run for run in left if run not in results.lines)
-    return list(runs)
+        for optimizer in [optimizer for optimizer in TASKS[name].rates if optimizer in chosen.optimizer]:
+            runs |= dict.fromkeys(needed_by(results, name, optimizer, chosen))
+    return [run for run in runs if run not in results.lines]
+
+
+def needed_by(results: Results, name: str, optimizer: str, chosen: argparse.Namespace) -> list[Run]:
+    """What a task with an optimizer needs next; a part of it may be there.
+
+    An arm is tuned and then tested. "No GC" and GC of the gradients are tested with the setting of each other
+    too: where a difference is found only with settings that differ, the choice may have made it.
+    """
+    task, runs, best = TASKS[name], [], {}
+    steps, seeds = chosen.steps or task.steps, range(chosen.seeds or task.seeds)
+    for arm in [arm for arm in arms_of(task) if arm in chosen.arm]:
+        grid = Grid(name, optimizer, arm, steps, chosen.tuning_seeds or task.tuning_seeds)
+        best[arm], left = grid.choose(results)
+        runs += left or [grid.run(best[arm], "test", seed) for seed in seeds]
+        if arm == CROSSED[-1] and all(best.get(one) for one in CROSSED):
+            others = [best[one] for one in CROSSED]
+            grids = [dataclasses.replace(grid, arm=one) for one in CROSSED]
+            runs += [one.run(point, "test", seed) for one in grids for point in others for seed in seeds]
+        if arm == "none" and not left and name in BY_LAYER and optimizer in BY_LAYER_OPTIMIZERS:
+            runs += by_layer(grid, best[arm], len(seeds))
+    return runs
 
 
 # The command line

@@ -8,12 +8,13 @@ that lower is better, so a negative difference is a gain.
 """
 
 import argparse
+import dataclasses
 import functools
 import math
 import pathlib
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -116,6 +117,32 @@ def correlate(x: Sequence[float], y: Sequence[float]) -> Correlation:
 # What was run
 
 
+class Curve(NamedTuple):
+    """A metric, and the steps after which it was measured."""
+
+    at: list[int]
+    metric: list[float]
+
+    @property
+    def final(self) -> float:
+        """The metric after the last step."""
+        return self.metric[-1]
+
+    def steps_to(self, threshold: float) -> float:
+        """The step at which it is first as good as a threshold, on straight lines between measurements.
+
+        The last step where it never is, and the first measurement where it is from there on.
+        """
+        reached = [number for number, value in enumerate(self.metric) if value <= threshold]
+        if not reached:
+            return self.at[-1]
+        if reached[0] == 0:
+            return self.at[0]
+        before, after = reached[0] - 1, reached[0]
+        share = (self.metric[before] - threshold) / (self.metric[before] - self.metric[after])
+        return self.at[before] + share * (self.at[after] - self.at[before])
+
+
 @dataclass(frozen=True)
 class Case:
     """A task with an optimizer, and its runs."""
@@ -166,35 +193,43 @@ class Case:
         known = [arm for arm in known if self.best(arm)]
         return [arm for arm in known if len(self.tested(arm)) == len(self.tested("none"))]
 
-    def values(self, lines: Iterable[dict[str, Any]], of: Callable[[list[float]], float]) -> list[float]:
-        """A number of each run's curve of the metric; NaN where the run diverged."""
-        return [math.nan if "diverged" in line else of(line[self.task.metric]) for line in lines]
+    def failed(self, line: dict[str, Any]) -> bool:
+        """Whether a run diverged, or ended hardly better than guessing is."""
+        return "diverged" in line or line[self.task.metric][-1] > 0.9 * self.task.guess
 
+    def paired(self, arm: str, point: Point | None = None) -> tuple[list[Curve], list[Curve]]:
+        """The curves of the metric of an arm and of "no GC", for the seeds with which neither failed.
 
-def final(curve: Sequence[float]) -> float:
-    """The metric after the last step."""
-    return curve[-1]
-
-
-def steps_to(threshold: float, line: dict[str, Any]) -> float:
-    """The step at which a run is first as good as a threshold, on straight lines between measurements."""
-    curve = line["curve"]
-    for number, (value, at) in enumerate(zip(curve, line["at"], strict=True)):
-        if value <= threshold:
-            if number == 0:
-                return at
-            before, begun = curve[number - 1], line["at"][number - 1]
-            return begun + (at - begun) * (before - threshold) / (before - value)
-    return line["steps"]
+        Args:
+            arm: which one.
+            point: a setting for both; by default each has the one that was chosen for it.
+        """
+        both = zip(self.tested(arm, point), self.tested("none", point), strict=False)
+        trained = [pair for pair in both if not any(map(self.failed, pair))]
+        curves = [[Curve(line["at"], line[self.task.metric]) for line in pair] for pair in trained]
+        return [curve for curve, _ in curves], [curve for _, curve in curves]
 
 
 @dataclass(frozen=True)
 class Row:
-    """An arm of a case beside "no GC"; differences are in units of the metric, `steps` in percent."""
+    """An arm of a case beside "no GC".
+
+    Args:
+        case: the task and the optimizer.
+        arm: which one.
+        seeds: with which neither failed; the differences are over these.
+        failed: how many runs of the arm and of "no GC" did.
+        without: the mean of the final metric without GC.
+        final: the difference of the final metric.
+        best: the difference of the best value that was measured.
+        steps: until the metric is what "no GC" has after half of them, the difference in percent.
+        corrected: the p-value of `final`, corrected over all rows.
+    """
 
     case: Case
     arm: str
     seeds: int
+    failed: tuple[int, int]
     without: float
     final: Paired
     best: Paired
@@ -217,20 +252,18 @@ class Row:
 
 def compare(case: Case, arm: str) -> Row:
     """An arm beside "no GC", seed by seed."""
-    ways = [case.tested(arm), case.tested("none")]
-    if any("diverged" in line for way in ways for line in way):
-        raise ValueError(f"{case.title}: a run of {arm} or of no GC has diverged at its best setting")
-    finals, bests = ([case.values(way, of) for way in ways] for of in (final, min))
-    halfway = statistics.fmean(line[case.task.metric][len(line["at"]) // 2 - 1] for line in ways[1])
-    reached = [[steps_to(halfway, line | {"curve": line[case.task.metric]}) for line in way] for way in ways]
+    with_gc, without = case.paired(arm)
+    halfway = statistics.fmean(curve.metric[len(curve.at) // 2 - 1] for curve in without)
+    steps = [[curve.steps_to(halfway) for curve in curves] for curves in (with_gc, without)]
     return Row(
-        case,
-        arm,
-        len(ways[0]),
-        statistics.fmean(finals[1]),
-        pair(*finals),
-        pair(*bests),
-        pair(*reached).scaled(100 / statistics.fmean(reached[1])),
+        case=case,
+        arm=arm,
+        seeds=len(without),
+        failed=tuple(sum(map(case.failed, case.tested(way))) for way in (arm, "none")),
+        without=statistics.fmean(curve.final for curve in without),
+        final=pair(*([curve.final for curve in curves] for curves in (with_gc, without))),
+        best=pair(*([min(curve.metric) for curve in curves] for curves in (with_gc, without))),
+        steps=pair(*steps).scaled(100 / statistics.fmean(steps[1])),
     )
 
 
@@ -238,7 +271,12 @@ def all_rows(cases: Iterable[Case]) -> list[Row]:
     """Every arm of every case, with p-values that are corrected over all of them."""
     rows = [compare(case, arm) for case in cases for arm in case.arms if arm != "none"]
     corrected = holm([row.final.p for row in rows])
-    return [Row(**{**vars(row), "corrected": p}) for row, p in zip(rows, corrected, strict=True)]
+    return [dataclasses.replace(row, corrected=p) for row, p in zip(rows, corrected, strict=True)]
+
+
+def differences_at(case: Case, point: Point) -> Paired:
+    """The final metric with GC of the gradients beside that without, both with the same setting."""
+    return pair(*([curve.final for curve in curves] for curves in case.paired("gradients", point)))
 
 
 # What predicts the gain
@@ -288,8 +326,7 @@ def gains_of_layers(cases: Iterable[Case], by: int) -> list[Gain]:
         best = case.best("none")
         point = Point(best.rate + by, best.decay)
         for layer in sorted({run.arm.removeprefix("layer:") for run in case.runs if run.arm[:6] == "layer:"}):
-            lines = case.tested(f"layer:{layer}", point)
-            finals = case.values(lines, final), case.values(case.tested("none", point)[: len(lines)], final)
+            finals = [[curve.final for curve in curves] for curves in case.paired(f"layer:{layer}", point)]
             change = pair(*finals).scaled(100 / statistics.fmean(finals[1]))
             removed = removed_of(case, 0, layer), removed_of(case, 1, layer)
             found.append(Gain(f"{case.title}, {layer}", removed, change))
@@ -341,7 +378,7 @@ def full_table(rows: Sequence[Row]) -> str:
         [
             "task and optimizer",
             "arm",
-            "seeds",
+            "seeds; failed",
             "final",
             "best",
             "steps to halfway, %",
@@ -352,7 +389,7 @@ def full_table(rows: Sequence[Row]) -> str:
             [
                 f"{row.case.title}: {unit(row.case.task)}",
                 ARMS[row.arm].title,
-                str(row.seeds),
+                f"{row.seeds}; {row.failed[0]}, {row.failed[1]}",
                 row.final.told(digits(row.case.task)),
                 row.best.told(digits(row.case.task)),
                 row.steps.told(1),
@@ -408,6 +445,31 @@ def settings_table(cases: Iterable[Case]) -> str:
                 ]
             )
     return table(["task and optimizer", "arm", "rate", "rates tried", "decay", "decays tried"], lines)
+
+
+def crossed_table(cases: Iterable[Case]) -> str:
+    """GC of the gradients beside no GC with the setting that is best for one of them."""
+    lines = []
+    for case in [case for case in cases if "gradients" in case.arms]:
+        points = [case.best(arm) for arm in ("none", "gradients")]
+        settings = [case.grid("none").run(point, "test", 0) for point in points]
+        lines.append(
+            [
+                f"{case.title}: {unit(case.task)}",
+                *(
+                    cell
+                    for point, run in zip(points, settings, strict=True)
+                    for cell in (
+                        f"{run.rate:g}, {run.decay:g}",
+                        differences_at(case, point).told(digits(case.task)),
+                    )
+                ),
+            ]
+        )
+    return table(
+        ["task and optimizer", "best without GC", "difference there", "best with GC", "difference there"],
+        lines,
+    )
 
 
 def removed_table(cases: Iterable[Case]) -> str:
@@ -597,6 +659,7 @@ def make_blocks(cases: list[Case], rows: list[Row], sets: dict[str, list[Gain]])
         "full": full_table(rows),
         "counts": counts_table(rows),
         "settings": settings_table(cases),
+        "crossed": crossed_table(cases),
         "removed": removed_table(cases),
         "layers": layer_table(cases),
         "correlation": correlation_table(sets),

@@ -291,10 +291,29 @@ def test_the_correlation_is_of_ranks_and_its_interval_narrows_with_points(analys
 
 
 def test_the_step_at_which_a_threshold_is_reached_lies_between_measurements(analysis):
-    line = {"curve": [4.0, 3.0, 1.0, 2.0], "at": [10, 20, 30, 40], "steps": 40}
-    assert analysis.steps_to(5.0, line) == 10
-    assert analysis.steps_to(2.0, line) == 25
-    assert analysis.steps_to(0.5, line) == 40, "never"
+    curve = analysis.Curve([10, 20, 30, 40], [4.0, 3.0, 1.0, 2.0])
+    assert curve.steps_to(5.0) == 10
+    assert curve.steps_to(2.0) == 25
+    assert curve.steps_to(0.5) == 40, "never"
+
+
+def test_runs_that_failed_are_counted_and_their_seeds_left_out(analysis, evidence, tmp_path):
+    results = evidence.Results(tmp_path)
+    ends = {"none": [3.0, 2.0, 4.0, 3.0], "gradients": [2.0, 92.0, 3.5, None]}
+    for arm, errors in ends.items():
+        grid = evidence.Grid("digits", "sgd", arm, 4, 1)
+        for rate in range(-2, 3):
+            for decay in (1, 2, 3):
+                (run,) = grid.tuning(evidence.Point(rate, decay))
+                results.lines[run] = vars(run) | {"error": [abs(rate) + abs(decay - 2)]}
+        for seed, error in enumerate(errors):
+            run = grid.run(evidence.Point(0, 2), "test", seed)
+            curve = {"at": [2, 4], "error": [9.0, error]} if error else {"at": [], "error": [], "diverged": 1}
+            results.lines[run] = vars(run) | curve
+    (row,) = analysis.all_rows([analysis.Case("digits", "sgd", results)])
+    assert (row.arm, row.seeds, row.failed) == ("gradients", 2, (2, 0))
+    assert (row.without, row.final.mean) == (3.5, -0.75)
+    assert row.verdict == "no difference shown"
 
 
 # Pages
