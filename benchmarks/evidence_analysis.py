@@ -250,6 +250,11 @@ class Row:
         return word if self.corrected < 0.05 else f"{word}, not after correction"
 
 
+def final_difference(curves: Iterable[Curve], others: Iterable[Curve]) -> Paired:
+    """How far the metric after the last step lies from that of others, seed by seed."""
+    return pair([curve.final for curve in curves], [curve.final for curve in others])
+
+
 def compare(case: Case, arm: str) -> Row:
     """An arm beside "no GC", seed by seed."""
     with_gc, without = case.paired(arm)
@@ -261,7 +266,7 @@ def compare(case: Case, arm: str) -> Row:
         seeds=len(without),
         failed=tuple(sum(map(case.failed, case.tested(way))) for way in (arm, "none")),
         without=statistics.fmean(curve.final for curve in without),
-        final=pair(*([curve.final for curve in curves] for curves in (with_gc, without))),
+        final=final_difference(with_gc, without),
         best=pair(*([min(curve.metric) for curve in curves] for curves in (with_gc, without))),
         steps=pair(*steps).scaled(100 / statistics.fmean(steps[1])),
     )
@@ -272,11 +277,6 @@ def all_rows(cases: Iterable[Case]) -> list[Row]:
     rows = [compare(case, arm) for case in cases for arm in case.arms if arm != "none"]
     corrected = holm([row.final.p for row in rows])
     return [dataclasses.replace(row, corrected=p) for row, p in zip(rows, corrected, strict=True)]
-
-
-def differences_at(case: Case, point: Point) -> Paired:
-    """The final metric with GC of the gradients beside that without, both with the same setting."""
-    return pair(*([curve.final for curve in curves] for curves in case.paired("gradients", point)))
 
 
 # What predicts the gain
@@ -326,8 +326,11 @@ def gains_of_layers(cases: Iterable[Case], by: int) -> list[Gain]:
         best = case.best("none")
         point = Point(best.rate + by, best.decay)
         for layer in sorted({run.arm.removeprefix("layer:") for run in case.runs if run.arm[:6] == "layer:"}):
-            finals = [[curve.final for curve in curves] for curves in case.paired(f"layer:{layer}", point)]
-            change = pair(*finals).scaled(100 / statistics.fmean(finals[1]))
+            with_gc, without = case.paired(f"layer:{layer}", point)
+            if len(without) < 2:  # not run yet
+                continue
+            mean = statistics.fmean(curve.final for curve in without)
+            change = final_difference(with_gc, without).scaled(100 / mean)
             removed = removed_of(case, 0, layer), removed_of(case, 1, layer)
             found.append(Gain(f"{case.title}, {layer}", removed, change))
     return found
@@ -461,7 +464,7 @@ def crossed_table(cases: Iterable[Case]) -> str:
                     for point, run in zip(points, settings, strict=True)
                     for cell in (
                         f"{run.rate:g}, {run.decay:g}",
-                        differences_at(case, point).told(digits(case.task)),
+                        final_difference(*case.paired("gradients", point)).told(digits(case.task)),
                     )
                 ),
             ]
@@ -673,6 +676,8 @@ def main() -> None:
     parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="the folder of README.md and docs/")
     chosen = parser.parse_args()
     analysis = cases, rows, sets = analyse(chosen.results)
+    if not rows:
+        raise SystemExit(f"{chosen.results} has no arm yet that was tuned and tested as no GC was.")
     pictures = chosen.root / "docs" / "evidence"
     draw_forest(rows, pictures / "forest.png")
     draw_rates(cases, pictures / "rates.png")
