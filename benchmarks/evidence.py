@@ -19,6 +19,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -30,8 +31,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-# One thread for each process: sums in the same order on every number of processors, so the same bits.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+# One thread for each process: sums in the same order on every number of processors, so the same bits. A
+# processor of another kind may round otherwise.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +52,10 @@ FIRST_TUNING_SEED = 10_000
 ROW_OF_RATES = range(-2, 3)  # powers of two around the middle of the grid
 DECAYS = {"sgd": (0.0, 1e-4, 1e-3, 1e-2, 1e-1), "muon": (0.0,)}
 DECOUPLED_DECAYS = (0.0, 0.01, 0.1, 1.0, 10.0)
-CROSSED = ("none", "gradients")  # arms that are tested with the setting of each other
 BY_LAYER = ("digits", "mnist1d_mlp")  # GC on one layer at a time
 BY_LAYER_OPTIMIZERS = ("sgd", "adamw")
 SEEDS_BY_LAYER = 50
-FIRST_DECAY = 2  # where the search begins: 1e-3 of the first row, 0.1 of the second
+FIRST_DECAY = 2  # the index where the search begins: 1e-3 for SGD, 0.1 where decay is decoupled
 
 
 # Arms
@@ -184,7 +185,7 @@ def make_optimizer(name: str, rate: Any, decay: Any, steps: int, axes: Any) -> o
     mask = gc_optax.decay_mask(axes)
 
     def schedule(count: jax.Array) -> jax.Array:
-        return rate * shape(count + 1)  # the first step of all would be none
+        return rate * shape(count + 1)  # the step without a rate is the last one, and not the first
 
     if name == "sgd":
         decayed = optax.add_decayed_weights(decay, mask)  # L2, as the authors' SGD has it
@@ -285,7 +286,9 @@ def train(run: Run) -> dict[str, Any]:
     some = split.train.rows(slice(512))
     state = start(model.initial(run.seed), (run.seed, run.rate, run.decay))
     points = sorted({max(1, run.steps * (n + 1) // MEASUREMENTS) for n in range(MEASUREMENTS)})
-    measured: dict[str, Any] = dataclasses.asdict(run) | {"at": [], "loss": [], "error": []}
+    labelled = not jnp.issubdtype(split.train.targets.dtype, jnp.floating)
+    measured: dict[str, Any] = dataclasses.asdict(run) | {"at": [], "loss": []}
+    measured |= {"error": []} if labelled else {}
     removed = []
     with_removed = run.arm == "none" and run.on == "test"
     for number, rows in zip(
@@ -300,9 +303,8 @@ def train(run: Run) -> dict[str, Any]:
                 return measured | {"diverged": number + 1}
             measured["at"].append(number + 1)
             measured["loss"].append(float(f"{loss:.6g}"))
-            measured["error"].append(round(100 * error, 4))
-    if jnp.issubdtype(split.train.targets.dtype, jnp.floating):
-        del measured["error"]
+            if labelled:
+                measured["error"].append(round(100 * error, 4))
     if with_removed:
         measured["removed"] = [
             {
@@ -345,9 +347,9 @@ class Results:
             file.write(json.dumps(measured) + "\n")
 
     def final(self, run: Run) -> float:
-        """The metric at the end, lower is better: infinity where the run diverged."""
-        measured = self.lines[run]
-        return math.inf if "diverged" in measured else measured[TASKS[run.task].metric][-1]
+        """The metric at the end, lower is better; one that diverged is as good as one that learnt nothing."""
+        measured, task = self.lines[run], TASKS[run.task]
+        return task.nothing_learnt if "diverged" in measured else measured[task.metric][-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,7 +377,7 @@ class Grid:
 
     @property
     def decays(self) -> Sequence[float]:
-        """The decays to choose from; the language models see no text twice, and have a fixed one."""
+        """The decays to choose from; the language models hardly see a text twice, and have a fixed one."""
         row = DECAYS.get(self.optimizer, DECOUPLED_DECAYS)
         return row if TASKS[self.task].tunes_decay else row[min(FIRST_DECAY, len(row) - 1) :][:1]
 
@@ -455,22 +457,23 @@ def needed(results: Results, chosen: argparse.Namespace) -> list[Run]:
 def needed_by(results: Results, name: str, optimizer: str, chosen: argparse.Namespace) -> list[Run]:
     """What a task with an optimizer needs next; a part of it may be there.
 
-    An arm is tuned and then tested. "No GC" and GC of the gradients are tested with the setting of each other
-    too: where a difference is found only with settings that differ, the choice may have made it.
+    An arm is tuned and then tested. It and "no GC" are tested with the setting of each other too: where they
+    differ only with settings that differ, the choice may have made the difference.
     """
     task, runs, best = TASKS[name], [], {}
-    steps, seeds = chosen.steps or task.steps, range(chosen.seeds or task.seeds)
-    for arm in [arm for arm in arms_of(task) if arm in chosen.arm]:
-        grid = Grid(name, optimizer, arm, steps, chosen.tuning_seeds or task.tuning_seeds)
-        best[arm], left = grid.choose(results)
-        runs += left or [grid.run(best[arm], "test", seed) for seed in seeds]
-        if arm == CROSSED[-1] and all(best.get(one) for one in CROSSED):
-            others = [best[one] for one in CROSSED]
-            grids = [dataclasses.replace(grid, arm=one) for one in CROSSED]
-            runs += [one.run(point, "test", seed) for one in grids for point in others for seed in seeds]
-        if arm == "none" and not left and name in BY_LAYER and optimizer in BY_LAYER_OPTIMIZERS:
-            runs += by_layer(grid, best[arm], len(seeds))
-    return runs
+    seeds = range(chosen.seeds or task.seeds)
+    grid = Grid(name, optimizer, "none", chosen.steps or task.steps, chosen.tuning_seeds or task.tuning_seeds)
+    for arm in [arm for arm in arms_of(task) if arm in chosen.arm or arm == "none"]:
+        best[arm], left = dataclasses.replace(grid, arm=arm).choose(results)
+        runs += left
+    for arm, point in best.items():
+        pairs = itertools.product({arm, "none"}, {point, best["none"]} - {None})
+        runs += [
+            dataclasses.replace(grid, arm=one).run(at, "test", seed) for one, at in pairs for seed in seeds
+        ]
+    if best["none"] and name in BY_LAYER and optimizer in BY_LAYER_OPTIMIZERS:
+        runs += by_layer(grid, best["none"], len(seeds))
+    return list(dict.fromkeys(runs))
 
 
 # The command line
@@ -483,8 +486,7 @@ def set_data_dir(folder: pathlib.Path) -> None:
 
 
 def prepare_process(folder: pathlib.Path, cores: Any) -> None:
-    """For one process of several: it keeps to a processor of its own, and leaves Ctrl-C to the first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """For one process of several: it keeps to a processor of its own."""
     set_data_dir(folder)
     if cores is not None:
         os.sched_setaffinity(0, {cores.get()})
@@ -506,7 +508,10 @@ def trainers(processes: int, data_dir: pathlib.Path) -> Iterator[Callable[[Seque
     pool = concurrent.futures.ProcessPoolExecutor(processes, context, prepare_process, (data_dir, cores))
 
     def in_pool(runs: Sequence[Run]) -> Iterator[Any]:
+        # Processes start with the first of them, and take over from here that Ctrl-C is not for them.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         futures = [pool.submit(train, run) for run in runs]
+        signal.signal(signal.SIGINT, before)
         return (future.result() for future in concurrent.futures.as_completed(futures))
 
     try:
@@ -545,6 +550,12 @@ def parse_arguments() -> argparse.Namespace:
         help="run the tests of the first SEEDS seeds again, and say which do not give what the results have",
     )
     chosen = parser.parse_args()
+    if (chosen.steps or chosen.tuning_seeds) and chosen.results == RESULTS:
+        parser.error("a quick try with --steps or --tuning-seeds needs a folder of its own: give --results")
+    if chosen.steps == 1:
+        parser.error("argument --steps: must be at least 2, of which the last has a learning rate of 0")
+    if not any(name in TASKS[task].rates for task in chosen.task for name in chosen.optimizer):
+        parser.error(f"{', '.join(chosen.task)} is not run with {', '.join(chosen.optimizer)}")
     for name in chosen.task:
         try:
             TASKS[name].split(0, chosen.data_dir)
@@ -560,21 +571,21 @@ def compare_again(results: Results, trainer: Any, chosen: argparse.Namespace) ->
     runs = [
         run
         for run in results.lines
-        if run.task in chosen.task and run.optimizer in chosen.optimizer and run.arm in chosen.arm
+        if run.task in chosen.task and run.optimizer in chosen.optimizer
+        if run.arm in chosen.arm or (run.arm not in ARMS and chosen.arm == list(ARMS))
         if run.on == "test" and run.seed < (chosen.seeds or TASKS[run.task].seeds)
     ]
-    differ: list[Run] = []
+    differ: list[str] = []
 
     def compare(measured: dict[str, Any]) -> None:
-        run = as_run(measured)
-        if measured != results.lines[run]:
-            differ.append(run)
+        kept = results.lines[as_run(measured)]
+        if measured != kept:
+            losses = [line["loss"][-1] if line["loss"] else math.inf for line in (kept, measured)]
+            differ.append(f"not the same: {as_run(measured)}, a loss of {losses[1]} and not of {losses[0]}")
 
     perform(runs, trainer, compare)
-    print(f"{len(runs) - len(differ)} of {len(runs)} runs gave the results that are kept.")
-    for run in differ:
-        print(f"not the same: {run}")
-    return not differ
+    print(f"{len(runs) - len(differ)} of {len(runs)} runs gave the results that are kept.", *differ, sep="\n")
+    return bool(runs) and not differ
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ that lower is better, so a negative difference is a gain.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import math
@@ -34,6 +35,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 ROOT = pathlib.Path(__file__).parent.parent
+ALL_LAYERS = "all layers"
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW", "lion": "Lion", "muon": "Muon"}
 COLORS = {
     "none": "#666666",
@@ -74,6 +76,8 @@ class Paired(NamedTuple):
 def pair(values: Sequence[float], others: Sequence[float]) -> Paired:
     """How far some values lie from others, seed by seed."""
     differences = np.subtract(values, others)
+    if len(differences) < 2:
+        raise ValueError(f"an interval needs two seeds or more, got {len(differences)}")
     if not differences.any():
         return Paired(0.0, 0.0, 0.0, 1.0)
     test = stats.ttest_1samp(differences, 0.0)
@@ -143,6 +147,14 @@ class Curve(NamedTuple):
         return self.at[before] + share * (self.at[after] - self.at[before])
 
 
+class Setting(NamedTuple):
+    """An arm with a rate and a decay."""
+
+    arm: str
+    rate: float
+    decay: float
+
+
 @dataclass(frozen=True)
 class Case:
     """A task with an optimizer, and its runs."""
@@ -166,45 +178,67 @@ class Case:
         """All of them."""
         return [run for run in self.results.lines if (run.task, run.optimizer) == (self.name, self.optimizer)]
 
-    def grid(self, arm: str) -> Grid:
-        """The settings of an arm, with as many steps and tuning seeds as the runs have."""
-        (steps,) = {run.steps for run in self.runs}
+    @functools.cached_property
+    def _tests(self) -> dict[Setting, dict[int, dict[str, Any]]]:
+        """The lines of the tests, by their setting and then by seed."""
+        tests: dict[Setting, dict[int, dict[str, Any]]] = collections.defaultdict(dict)
+        for run in sorted(run for run in self.runs if run.on == "test"):
+            tests[Setting(run.arm, run.rate, run.decay)][run.seed] = self.results.lines[run]
+        return tests
+
+    @functools.cached_property
+    def _grid(self) -> Grid:
+        """With as many steps and tuning seeds as the runs have."""
+        steps = {run.steps for run in self.runs}
+        if len(steps) > 1:
+            raise SystemExit(f"{self.title}: there are runs of {sorted(steps)} steps, which do not compare")
         tuning = {run.seed for run in self.runs if run.on == "validation"}
-        return Grid(self.name, self.optimizer, arm, steps, len(tuning))
+        return Grid(self.name, self.optimizer, "none", *steps, len(tuning))
 
-    @functools.cache  # noqa: B019 - a case lives as long as the program
-    def best(self, arm: str) -> Point | None:
-        """The setting that was chosen; nothing where the search has not ended."""
-        return self.grid(arm).choose(self.results)[0]
+    def grid(self, arm: str) -> Grid:
+        """The settings of an arm."""
+        return dataclasses.replace(self._grid, arm=arm)
 
-    def tested(self, arm: str, point: Point | None = None) -> list[dict[str, Any]]:
-        """What the test runs measured, seed by seed."""
-        setting = self.grid(arm).run(point or self.best(arm), "test", 0)
-        return [
-            self.results.lines[run]
-            for run in sorted(self.runs)
-            if (run.arm, run.rate, run.decay, run.on) == (arm, setting.rate, setting.decay, "test")
-        ]
+    @functools.cached_property
+    def best(self) -> dict[str, Point]:
+        """The setting that was chosen for each arm for which the search has ended."""
+        chosen = {arm: self.grid(arm).choose(self.results)[0] for arm in arms_of(self.task)}
+        return {arm: point for arm, point in chosen.items() if point is not None}
 
-    @property
+    def tested(self, arm: str, point: Point | None = None) -> dict[int, dict[str, Any]]:
+        """What the tests measured, by seed; with the setting that was chosen, or with another."""
+        run = self.grid(arm).run(point or self.best[arm], "test", 0)
+        return self._tests.get(Setting(arm, run.rate, run.decay), {})
+
+    @functools.cached_property
     def arms(self) -> list[str]:
-        """Those that were tested with as many seeds as "no GC"."""
-        known = [arm for arm in arms_of(self.task) if any(run.arm == arm for run in self.runs)]
-        known = [arm for arm in known if self.best(arm)]
-        return [arm for arm in known if len(self.tested(arm)) == len(self.tested("none"))]
+        """Those that have all their tests, beside "no GC", which has them too."""
+
+        def is_complete(arm: str) -> bool:
+            points = {self.best["none"], self.best[arm]}
+            tests = [self.tested(one, point).keys() for one in ("none", arm) for point in points]
+            return len(tests[0]) > 1 and all(seeds == tests[0] for seeds in tests)
+
+        if "none" not in self.best:
+            return []
+        return [arm for arm in self.best if arm != "none" and is_complete(arm)]
 
     def failed(self, line: dict[str, Any]) -> bool:
-        """Whether a run diverged, or ended hardly better than guessing is."""
-        return "diverged" in line or line[self.task.metric][-1] > 0.9 * self.task.guess
+        """Whether a run diverged, or learnt nothing."""
+        return "diverged" in line or line[self.task.metric][-1] >= self.task.nothing_learnt
 
-    def paired(self, arm: str, point: Point | None = None) -> tuple[list[Curve], list[Curve]]:
+    def paired(
+        self, arm: str, point: Point | None = None, without: Point | None = None
+    ) -> tuple[list[Curve], list[Curve]]:
         """The curves of the metric of an arm and of "no GC", for the seeds with which neither failed.
 
         Args:
             arm: which one.
-            point: a setting for both; by default each has the one that was chosen for it.
+            point: the setting of the arm; by default the one that was chosen for it.
+            without: the setting of "no GC"; by default the one that was chosen for it.
         """
-        both = zip(self.tested(arm, point), self.tested("none", point), strict=False)
+        of_arm, of_none = self.tested(arm, point), self.tested("none", without)
+        both = [(of_arm[seed], of_none[seed]) for seed in of_arm if seed in of_none]
         trained = [pair for pair in both if not any(map(self.failed, pair))]
         curves = [[Curve(line["at"], line[self.task.metric]) for line in pair] for pair in trained]
         return [curve for curve, _ in curves], [curve for _, curve in curves]
@@ -212,7 +246,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """An arm of a case beside "no GC".
+    """An arm of a case beside "no GC", each with the setting that was chosen for it.
 
     Args:
         case: the task and the optimizer.
@@ -223,7 +257,10 @@ class Row:
         final: the difference of the final metric.
         best: the difference of the best value that was measured.
         steps: until the metric is what "no GC" has after half of them, the difference in percent.
-        corrected: the p-value of `final`, corrected over all rows.
+        at_none: the difference of the final metric where both have the setting that is best for "no GC".
+        at_own: the same where both have the setting that is best for the arm.
+        p_final: the p-value of `final`, corrected over all rows.
+        p_steps: the p-value of `steps`, corrected over all rows.
     """
 
     case: Case
@@ -234,7 +271,10 @@ class Row:
     final: Paired
     best: Paired
     steps: Paired
-    corrected: float = 1.0
+    at_none: Paired
+    at_own: Paired
+    p_final: float = 1.0
+    p_steps: float = 1.0
 
     @property
     def change(self) -> Paired:
@@ -243,11 +283,29 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """In words; where Holm's correction leaves less than certainty, it says so."""
+        """What the final metric shows.
+
+        "Better" has to hold against "no GC" with the setting of the arm too, and "worse" for the arm with the
+        setting of "no GC": with another setting either might have been as good as the other.
+        """
         if not self.final.shows:
             return "no difference shown"
-        word = "better" if self.final.mean < 0 else "worse"
-        return word if self.corrected < 0.05 else f"{word}, not after correction"
+        word, same = ("better", self.at_own) if self.final.mean < 0 else ("worse", self.at_none)
+        if self.p_final >= 0.05:
+            return f"{word}, not after correction"
+        if not same.shows or same.mean * self.final.mean < 0:
+            return f"{word}, not with the same setting"
+        if word == "better" and self.failed[0] > self.failed[1]:
+            return "better, but more runs failed"
+        return word
+
+    @property
+    def speed(self) -> str:
+        """What the steps to halfway show."""
+        if not self.steps.shows:
+            return "no difference shown"
+        word = "faster" if self.steps.mean < 0 else "slower"
+        return word if self.p_steps < 0.05 else f"{word}, not after correction"
 
 
 def final_difference(curves: Iterable[Curve], others: Iterable[Curve]) -> Paired:
@@ -260,52 +318,61 @@ def compare(case: Case, arm: str) -> Row:
     with_gc, without = case.paired(arm)
     halfway = statistics.fmean(curve.metric[len(curve.at) // 2 - 1] for curve in without)
     steps = [[curve.steps_to(halfway) for curve in curves] for curves in (with_gc, without)]
+    failed = [sum(map(case.failed, case.tested(one).values())) for one in (arm, "none")]
+    at_none, at_own = (case.paired(arm, case.best[one], case.best[one]) for one in ("none", arm))
     return Row(
         case=case,
         arm=arm,
         seeds=len(without),
-        failed=tuple(sum(map(case.failed, case.tested(way))) for way in (arm, "none")),
+        failed=(failed[0], failed[1]),
         without=statistics.fmean(curve.final for curve in without),
         final=final_difference(with_gc, without),
         best=pair(*([min(curve.metric) for curve in curves] for curves in (with_gc, without))),
         steps=pair(*steps).scaled(100 / statistics.fmean(steps[1])),
+        at_none=final_difference(*at_none),
+        at_own=final_difference(*at_own),
     )
 
 
 def all_rows(cases: Iterable[Case]) -> list[Row]:
     """Every arm of every case, with p-values that are corrected over all of them."""
-    rows = [compare(case, arm) for case in cases for arm in case.arms if arm != "none"]
-    corrected = holm([row.final.p for row in rows])
-    return [dataclasses.replace(row, corrected=p) for row, p in zip(rows, corrected, strict=True)]
+    rows = [compare(case, arm) for case in cases for arm in case.arms]
+    finals, steps = holm([row.final.p for row in rows]), holm([row.steps.p for row in rows])
+    return [
+        dataclasses.replace(row, p_final=p_final, p_steps=p_steps)
+        for row, p_final, p_steps in zip(rows, finals, steps, strict=True)
+    ]
 
 
 # What predicts the gain
 
 
 def removed_of(case: Case, when: int, layer: str | None = None) -> float:
-    """The share of the squared norm of the gradients that GC removes, without GC, averaged over the seeds.
+    """The share of the squared norm of the gradients that GC removes, in tests without GC.
+
+    It is the mean over the weights of a model, and over the seeds.
 
     Args:
-        case: whose "no GC" runs.
+        case: whose.
         when: 0 for before the first step, 1 for after a twentieth of them.
         layer: of this layer's weights alone; of all weights that are centralized otherwise.
     """
-
-    def of_run(line: dict[str, Any]) -> float:
-        weights = {path: pair for path, pair in line["removed"][when].items() if pair[0] > 0}
-        if layer is not None:
-            weights = {path: pair for path, pair in weights.items() if layer in path.split("/")}
-        squares = sum(square for _, square in weights.values())
-        return sum(fraction * square for fraction, square in weights.values()) / squares
-
-    return statistics.fmean(of_run(line) for line in case.tested("none"))
+    lines = [line["removed"] for line in case.tested("none").values()]
+    weights = [path for path in lines[0][0] if any(one[path][0] > 0 for line in lines for one in line)]
+    if layer is not None:
+        weights = [path for path in weights if layer in path.split("/")]
+    return statistics.fmean(line[when][path][0] for line in lines for path in weights)
 
 
 @dataclass(frozen=True)
 class Gain:
-    """What GC changes, in percent of the metric without it, and what it removes at the start and early on."""
+    """What GC changes, in percent of the metric without it, and what it removes at the start and early on.
 
-    label: str
+    Several optimizers on the same `model` count as one point of a correlation, at their mean.
+    """
+
+    model: str
+    optimizer: str
     removed: tuple[float, float]
     change: Paired
 
@@ -313,26 +380,34 @@ class Gain:
 def gains_of_tasks(rows: Iterable[Row]) -> list[Gain]:
     """Of GC of the gradients on the whole model."""
     return [
-        Gain(row.case.title, (removed_of(row.case, 0), removed_of(row.case, 1)), row.change)
+        Gain(
+            row.case.task.title,
+            row.case.optimizer,
+            (removed_of(row.case, 0), removed_of(row.case, 1)),
+            row.change,
+        )
         for row in rows
         if row.arm == "gradients"
     ]
 
 
 def gains_of_layers(cases: Iterable[Case], by: int) -> list[Gain]:
-    """Of GC of one layer at a time, with 2 to the power of `by` times the best rate without GC."""
+    """Of GC of one layer at a time and of all, with 2 to the power of `by` times the best rate without GC."""
     found = []
     for case in cases:
-        best = case.best("none")
-        point = Point(best.rate + by, best.decay)
-        for layer in sorted({run.arm.removeprefix("layer:") for run in case.runs if run.arm[:6] == "layer:"}):
-            with_gc, without = case.paired(f"layer:{layer}", point)
+        arms = sorted({run.arm for run in case.runs if run.arm.startswith("layer:")})
+        for arm in [*arms, "gradients"] if arms else []:
+            point = Point(case.best["none"].rate + by, case.best["none"].decay)
+            with_gc, without = case.paired(arm, point, point)
             if len(without) < 2:  # not run yet
                 continue
-            mean = statistics.fmean(curve.final for curve in without)
-            change = final_difference(with_gc, without).scaled(100 / mean)
+            change = final_difference(with_gc, without).scaled(
+                100 / statistics.fmean(curve.final for curve in without)
+            )
+            layer = arm.removeprefix("layer:") if arm != "gradients" else None
             removed = removed_of(case, 0, layer), removed_of(case, 1, layer)
-            found.append(Gain(f"{case.title}, {layer}", removed, change))
+            model = f"{case.task.title}, {layer or ALL_LAYERS}"
+            found.append(Gain(model, case.optimizer, removed, change))
     return found
 
 
@@ -345,29 +420,28 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def unit(task: Task) -> str:
-    """What the numbers of a task are."""
-    return (
-        "error, %" if task.metric == "error" else "nats a byte" if "bytes" in task.title else "squared error"
-    )
-
-
 def digits(task: Task) -> int:
     """Decimals of its metric that mean something."""
     return 2 if task.metric == "error" else 4
 
 
+def told_p(p: float) -> str:
+    """A p-value."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def short_table(rows: Sequence[Row]) -> str:
     """GC of the gradients on every task, for the README."""
     return table(
-        ["task and optimizer", "seeds", "without GC", "difference with GC (95 % interval)", ""],
+        ["task and optimizer", "seeds", "without GC", "difference with GC (95 % interval)", "final", "speed"],
         [
             [
                 row.case.title,
                 str(row.seeds),
-                f"{row.without:.{digits(row.case.task)}f} {unit(row.case.task)}",
+                f"{row.without:.{digits(row.case.task)}f} {row.case.task.unit}",
                 row.final.told(digits(row.case.task)),
                 row.verdict,
+                row.speed,
             ]
             for row in rows
             if row.arm == "gradients"
@@ -376,27 +450,27 @@ def short_table(rows: Sequence[Row]) -> str:
 
 
 def full_table(rows: Sequence[Row]) -> str:
-    """Every arm on every task."""
+    """Every arm on every task: the final metric."""
     return table(
         [
             "task and optimizer",
             "arm",
             "seeds; failed",
             "final",
-            "best",
-            "steps to halfway, %",
-            "p (Holm)",
-            "final metric",
+            "p",
+            "both as best without GC",
+            "both as best for the arm",
+            "",
         ],
         [
             [
-                f"{row.case.title}: {unit(row.case.task)}",
+                f"{row.case.title}: {row.case.task.unit}",
                 ARMS[row.arm].title,
                 f"{row.seeds}; {row.failed[0]}, {row.failed[1]}",
                 row.final.told(digits(row.case.task)),
-                row.best.told(digits(row.case.task)),
-                row.steps.told(1),
-                "< 0.001" if row.corrected < 0.001 else f"{row.corrected:.3f}",
+                told_p(row.p_final),
+                row.at_none.told(digits(row.case.task)),
+                row.at_own.told(digits(row.case.task)),
                 row.verdict,
             ]
             for row in rows
@@ -404,27 +478,37 @@ def full_table(rows: Sequence[Row]) -> str:
     )
 
 
-def counts_table(rows: Sequence[Row]) -> str:
-    """For each arm, on how many of the cases it is better, worse, or neither."""
-    lines = []
-    for arm in [arm for arm in ARMS if arm != "none"]:
-        mine = [row for row in rows if row.arm == arm]
-        better, worse = ([row for row in mine if row.verdict == word] for word in ("better", "worse"))
-        changes = [row.change.mean for row in mine]
-        lines.append(
-            [
-                ARMS[arm].title,
-                str(len(mine)),
-                str(len(better)),
-                str(len(worse)),
-                str(len(mine) - len(better) - len(worse)),
-                f"{statistics.median(changes):+.1f} ({min(changes):+.1f} to {max(changes):+.1f})"
-                if mine
-                else "-",
-            ]
-        )
+def speed_table(rows: Sequence[Row]) -> str:
+    """Every arm on every task: the steps until a threshold, and the best value on the way."""
     return table(
-        ["arm", "cases", "better", "worse", "neither", "median change of the metric, % (range)"], lines
+        ["task and optimizer", "arm", "best on the way", "steps to halfway, %", "p", ""],
+        [
+            [
+                f"{row.case.title}: {row.case.task.unit}",
+                ARMS[row.arm].title,
+                row.best.told(digits(row.case.task)),
+                row.steps.told(1),
+                told_p(row.p_steps),
+                row.speed,
+            ]
+            for row in rows
+        ],
+    )
+
+
+def counts_table(rows: Sequence[Row]) -> str:
+    """For each arm, in how many of the cases it is better or worse, and faster or slower."""
+    lines = []
+    for arm in [arm for arm in ARMS if any(row.arm == arm for row in rows)]:
+        mine = [row for row in rows if row.arm == arm]
+        changes = [row.change.mean for row in mine]
+        counts = [sum(row.verdict == word for row in mine) for word in ("better", "worse")]
+        counts += [sum(row.speed == word for row in mine) for word in ("faster", "slower")]
+        median = f"{statistics.median(changes):+.1f} ({min(changes):+.1f} to {max(changes):+.1f})"
+        lines.append([ARMS[arm].title, str(len(mine)), *map(str, counts), median])
+    return table(
+        ["arm", "cases", "better", "worse", "faster", "slower", "median change of the metric, % (range)"],
+        lines,
     )
 
 
@@ -432,10 +516,10 @@ def settings_table(cases: Iterable[Case]) -> str:
     """What was chosen for each arm, and among what."""
     lines = []
     for case in cases:
-        for arm in case.arms:
+        for arm in ["none", *case.arms]:
             grid = case.grid(arm)
             tried = {(r.rate, r.decay) for r in case.runs if r.arm == arm and r.on == "validation"}
-            chosen = grid.run(case.best(arm), "test", 0)
+            chosen = grid.run(case.best[arm], "test", 0)
             rates = sorted({rate for rate, _ in tried})
             lines.append(
                 [
@@ -450,43 +534,26 @@ def settings_table(cases: Iterable[Case]) -> str:
     return table(["task and optimizer", "arm", "rate", "rates tried", "decay", "decays tried"], lines)
 
 
-def crossed_table(cases: Iterable[Case]) -> str:
-    """GC of the gradients beside no GC with the setting that is best for one of them."""
-    lines = []
-    for case in [case for case in cases if "gradients" in case.arms]:
-        points = [case.best(arm) for arm in ("none", "gradients")]
-        settings = [case.grid("none").run(point, "test", 0) for point in points]
-        lines.append(
-            [
-                f"{case.title}: {unit(case.task)}",
-                *(
-                    cell
-                    for point, run in zip(points, settings, strict=True)
-                    for cell in (
-                        f"{run.rate:g}, {run.decay:g}",
-                        final_difference(*case.paired("gradients", point)).told(digits(case.task)),
-                    )
-                ),
-            ]
-        )
-    return table(
-        ["task and optimizer", "best without GC", "difference there", "best with GC", "difference there"],
-        lines,
-    )
-
-
 def removed_table(cases: Iterable[Case]) -> str:
     """What GC removes of the gradient of each weight, without GC: the mean over the seeds."""
     lines = []
-    for name in dict.fromkeys(case.name for case in cases):
-        case = next(case for case in cases if case.name == name)
-        tested = case.tested("none")
-        for path in tested[0]["removed"][0]:
-            shares = [statistics.fmean(line["removed"][when][path][0] for line in tested) for when in (0, 1)]
+    for case in {case.name: case for case in reversed(list(cases))}.values():
+        tested = [line["removed"] for line in case.tested("none").values()]
+        for path in tested[0][0]:
+            shares = [statistics.fmean(line[when][path][0] for line in tested) for when in (0, 1)]
             if any(shares):
                 lines.append([case.title, f"`{path}`", *(f"{100 * share:.1f} %" for share in shares)])
     return table(
         ["task and optimizer", "weight", "before the first step", "after a twentieth of them"], lines
+    )
+
+
+def correlate_gains(gains: Sequence[Gain], when: int) -> Correlation:
+    """Of the removed share with the change: negative where more removed goes with a lower metric."""
+    models = {gain.model: [other for other in gains if other.model == gain.model] for gain in gains}
+    return correlate(
+        [statistics.fmean(gain.removed[when] for gain in same) for same in models.values()],
+        [statistics.fmean(gain.change.mean for gain in same) for same in models.values()],
     )
 
 
@@ -495,15 +562,14 @@ def correlation_table(sets: dict[str, list[Gain]]) -> str:
     return table(
         ["points", "number", "removed before the first step", "removed after a twentieth"],
         [
-            [title, str(len(gains)), *(str(correlate_gains(gains, when)) for when in (0, 1))]
+            [
+                title,
+                str(len({gain.model for gain in gains})),
+                *(str(correlate_gains(gains, when)) for when in (0, 1)),
+            ]
             for title, gains in sets.items()
         ],
     )
-
-
-def correlate_gains(gains: Sequence[Gain], when: int) -> Correlation:
-    """Of the removed share with the change: negative where more removed goes with a lower metric."""
-    return correlate([gain.removed[when] for gain in gains], [gain.change.mean for gain in gains])
 
 
 def layer_table(cases: Sequence[Case]) -> str:
@@ -517,7 +583,7 @@ def layer_table(cases: Sequence[Case]) -> str:
         ],
         [
             [
-                one.label,
+                f"{one.model}, {OPTIMIZERS[one.optimizer]}",
                 ", ".join(f"{100 * share:.0f} %" for share in one.removed),
                 one.change.told(1),
                 other.change.told(1),
@@ -577,7 +643,7 @@ def draw_rates(cases: Sequence[Case], path: pathlib.Path) -> None:
     figure = Figure(figsize=(12, 2.4 * height + 0.6), layout="constrained")
     panels = figure.subplots(height, columns, squeeze=False).flat
     for case, panel in zip(cases, panels, strict=False):
-        for arm in [arm for arm in ("none", "gradients", "optax", "random") if arm in case.arms]:
+        for arm in [arm for arm in ("none", "gradients", "optax", "random") if arm in ("none", *case.arms)]:
             grid = case.grid(arm)
             decay = grid.first_decay
             curve = {}
@@ -595,7 +661,7 @@ def draw_rates(cases: Sequence[Case], path: pathlib.Path) -> None:
         panel.set_xticks(list(curve), [f"{rate:g}" for rate in curve])
         panel.minorticks_off()
         panel.set_title(case.title, fontsize=8)
-        panel.set_ylabel(unit(case.task), fontsize=8)
+        panel.set_ylabel(case.task.unit, fontsize=8)
         panel.tick_params(labelsize=7)
     for panel in list(panels):
         panel.set_axis_off()
@@ -607,19 +673,26 @@ def draw_rates(cases: Sequence[Case], path: pathlib.Path) -> None:
 
 def draw_removed(sets: dict[str, list[Gain]], path: pathlib.Path) -> None:
     """What GC changes over what it removes early in training, with intervals."""
-    figure = Figure(figsize=(4 * len(sets), 3.8), layout="constrained")
-    for (title, gains), panel in zip(
-        sets.items(), figure.subplots(1, len(sets), squeeze=False)[0], strict=True
-    ):
-        x = [100 * gain.removed[1] for gain in gains]
-        means = [gain.change.mean for gain in gains]
-        spread = np.array([[g.change.mean - g.change.low, g.change.high - g.change.mean] for g in gains]).T
-        panel.errorbar(x, means, yerr=spread, fmt="o", color=COLORS["gradients"], markersize=4, capsize=2)
+    figure = Figure(figsize=(4 * len(sets), 4), layout="constrained")
+    panels = figure.subplots(1, len(sets), squeeze=False)[0]
+    for (title, gains), panel in zip(sets.items(), panels, strict=True):
+        for name, color in zip(OPTIMIZERS, COLORS.values(), strict=False):
+            mine = [gain for gain in gains if gain.optimizer == name]
+            x = [100 * gain.removed[1] for gain in mine]
+            means = [gain.change.mean for gain in mine]
+            low, high = [gain.change.low for gain in mine], [gain.change.high for gain in mine]
+            spread = np.array([np.subtract(means, low), np.subtract(high, means)])
+            panel.errorbar(
+                x, means, yerr=spread, fmt="o", color=color, markersize=4, capsize=2, label=OPTIMIZERS[name]
+            )
         panel.axhline(0, color="#333333", linewidth=1)
         panel.set_title(f"{title}\nrank correlation {correlate_gains(gains, 1)}", fontsize=9)
         panel.set_xlabel("removed early in training, %", fontsize=9)
         panel.set_ylabel("change of the metric with GC, %", fontsize=9)
         panel.tick_params(labelsize=8)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
     figure.savefig(path, dpi=110)
 
 
@@ -638,21 +711,35 @@ def replace_blocks(page: str, blocks: dict[str, str]) -> str:
 def analyse(folder: pathlib.Path) -> tuple[list[Case], list[Row], dict[str, list[Gain]]]:
     """The cases that were tested, their arms beside "no GC", and what GC removes beside what it changes."""
     results = Results(folder)
-    there = {(run.task, run.optimizer) for run in results.lines if run.on == "test"}
+    there = {(run.task, run.optimizer) for run in results.lines}
     cases = [
         Case(name, optimizer, results)
         for name, task in TASKS.items()
         for optimizer in task.rates
         if (name, optimizer) in there
     ]
-    cases = [case for case in cases if len(case.arms) > 1]
+    cases = [case for case in cases if case.arms]
     rows = all_rows(cases)
     sets = {
-        "tasks and optimizers": gains_of_tasks(rows),
-        "single layers, at the best rate": gains_of_layers(cases, 0),
-        "single layers, at a quarter of it": gains_of_layers(cases, -2),
+        "tasks": gains_of_tasks(rows),
+        "layers, at the best rate": gains_of_layers(cases, 0),
+        "layers, at a quarter of it": gains_of_layers(cases, -2),
     }
-    return cases, rows, {title: gains for title, gains in sets.items() if len(gains) > 3}
+    sets = {title: [gain for gain in gains if ALL_LAYERS not in gain.model] for title, gains in sets.items()}
+    return cases, rows, {title: gains for title, gains in sets.items() if len({g.model for g in gains}) > 3}
+
+
+def missing(cases: Sequence[Case]) -> list[str]:
+    """What is not there, or not in full, a line for each task with an optimizer."""
+    there = {(case.name, case.optimizer): case.arms for case in cases}
+    lines = []
+    for name, task in TASKS.items():
+        for optimizer in task.rates:
+            known = ("none", *there.get((name, optimizer), []))
+            left = [ARMS[arm].title for arm in arms_of(task) if arm not in known]
+            if left:
+                lines.append(f"{task.title}, {OPTIMIZERS[optimizer]}: {', '.join(left)}")
+    return lines
 
 
 def make_blocks(cases: list[Case], rows: list[Row], sets: dict[str, list[Gain]]) -> dict[str, str]:
@@ -660,9 +747,9 @@ def make_blocks(cases: list[Case], rows: list[Row], sets: dict[str, list[Gain]])
     return {
         "short": short_table(rows),
         "full": full_table(rows),
+        "speed": speed_table(rows),
         "counts": counts_table(rows),
         "settings": settings_table(cases),
-        "crossed": crossed_table(cases),
         "removed": removed_table(cases),
         "layers": layer_table(cases),
         "correlation": correlation_table(sets),
@@ -679,14 +766,18 @@ def main() -> None:
     if not rows:
         raise SystemExit(f"{chosen.results} has no arm yet that was tuned and tested as no GC was.")
     pictures = chosen.root / "docs" / "evidence"
+    pictures.mkdir(parents=True, exist_ok=True)
     draw_forest(rows, pictures / "forest.png")
     draw_rates(cases, pictures / "rates.png")
-    draw_removed(sets, pictures / "removed.png")
+    if sets:
+        draw_removed(sets, pictures / "removed.png")
     blocks = make_blocks(*analysis)
     for name in ("README.md", "docs/evidence.md"):
         page = chosen.root / name
         page.write_text(replace_blocks(page.read_text(), blocks))
     print(blocks["counts"])
+    for line in missing(cases):
+        print(f"Not there, or not in full: {line}")
     print(f"{len(rows)} rows; written into README.md and docs/evidence.md of {chosen.root}.")
 
 
