@@ -11,6 +11,7 @@ import argparse
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import re
@@ -512,6 +513,25 @@ def counts_table(rows: Sequence[Row]) -> str:
     )
 
 
+def small_rate_table(cases: Iterable[Case]) -> str:
+    """Every arm beside no GC on validation data, both with the smallest rate that all were tried with."""
+    lines = []
+    for case in cases:
+        point = Point(ROW_OF_RATES[0], case.grid("none").first_decay)
+        cells = []
+        for arm in ("gradients", "random", "optax"):
+            runs = [case.grid(one).tuning(point) for one in (arm, "none")]
+            is_there = all(run in case.results.lines for run in itertools.chain(*runs))
+            finals = [list(map(case.results.final, tuning)) for tuning in runs] if is_there else []
+            cells.append(pair(*finals).told(digits(case.task)) if is_there else "-")
+        rate = case.grid("none").run(point, "validation", 0).rate
+        ratio = 2.0 ** (case.best["none"].rate - point.rate)
+        seeds = case.grid("none").tuning_seeds
+        lines.append([f"{case.title}: {case.task.unit}", f"{rate:g} (best / {ratio:g})", str(seeds), *cells])
+    headings = ["task and optimizer", "rate", "seeds"]
+    return table([*headings, *(ARMS[arm].title for arm in ("gradients", "random", "optax"))], lines)
+
+
 def settings_table(cases: Iterable[Case]) -> str:
     """What was chosen for each arm, and among what."""
     lines = []
@@ -749,6 +769,7 @@ def make_blocks(cases: list[Case], rows: list[Row], sets: dict[str, list[Gain]])
         "full": full_table(rows),
         "speed": speed_table(rows),
         "counts": counts_table(rows),
+        "small": small_rate_table(cases),
         "settings": settings_table(cases),
         "removed": removed_table(cases),
         "layers": layer_table(cases),
