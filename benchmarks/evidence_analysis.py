@@ -245,9 +245,39 @@ class Case:
         return [curve for curve, _ in curves], [curve for _, curve in curves]
 
 
+class Claim(NamedTuple):
+    """A difference of an arm and "no GC": with the settings that were chosen, and with the same setting.
+
+    Lower is better. A gain has to hold against "no GC" with the setting of the arm too, and a loss for the
+    arm with the setting of "no GC": with another setting either might have been as good as the other.
+
+    Args:
+        chosen: where each has its own setting.
+        at_none: where both have that of "no GC".
+        at_own: where both have that of the arm.
+        p: the p-value of `chosen`, corrected over all rows.
+    """
+
+    chosen: Paired
+    at_none: Paired
+    at_own: Paired
+    p: float = 1.0
+
+    def verdict(self, gain: str, loss: str) -> str:
+        """In words, for example "better" for a gain and "worse" for a loss."""
+        if not self.chosen.shows:
+            return "no difference shown"
+        word, same = (gain, self.at_own) if self.chosen.mean < 0 else (loss, self.at_none)
+        if self.p >= 0.05:
+            return f"{word}, not after correction"
+        if not same.shows or same.mean * self.chosen.mean < 0:
+            return f"{word}, not with the same setting"
+        return word
+
+
 @dataclass(frozen=True)
 class Row:
-    """An arm of a case beside "no GC", each with the setting that was chosen for it.
+    """An arm of a case beside "no GC".
 
     Args:
         case: the task and the optimizer.
@@ -255,13 +285,9 @@ class Row:
         seeds: with which neither failed; the differences are over these.
         failed: how many runs of the arm and of "no GC" did.
         without: the mean of the final metric without GC.
-        final: the difference of the final metric.
+        final: of the final metric.
         best: the difference of the best value that was measured.
-        steps: until the metric is what "no GC" has after half of them, the difference in percent.
-        at_none: the difference of the final metric where both have the setting that is best for "no GC".
-        at_own: the same where both have the setting that is best for the arm.
-        p_final: the p-value of `final`, corrected over all rows.
-        p_steps: the p-value of `steps`, corrected over all rows.
+        steps: of the steps until the metric is what "no GC" has after half of them, in percent.
     """
 
     case: Case
@@ -269,44 +295,26 @@ class Row:
     seeds: int
     failed: tuple[int, int]
     without: float
-    final: Paired
+    final: Claim
     best: Paired
-    steps: Paired
-    at_none: Paired
-    at_own: Paired
-    p_final: float = 1.0
-    p_steps: float = 1.0
+    steps: Claim
 
     @property
     def change(self) -> Paired:
         """The final difference, in percent of the metric without GC."""
-        return self.final.scaled(100 / self.without)
+        return self.final.chosen.scaled(100 / self.without)
 
     @property
     def verdict(self) -> str:
-        """What the final metric shows.
-
-        "Better" has to hold against "no GC" with the setting of the arm too, and "worse" for the arm with the
-        setting of "no GC": with another setting either might have been as good as the other.
-        """
-        if not self.final.shows:
-            return "no difference shown"
-        word, same = ("better", self.at_own) if self.final.mean < 0 else ("worse", self.at_none)
-        if self.p_final >= 0.05:
-            return f"{word}, not after correction"
-        if not same.shows or same.mean * self.final.mean < 0:
-            return f"{word}, not with the same setting"
-        if word == "better" and self.failed[0] > self.failed[1]:
-            return "better, but more runs failed"
-        return word
+        """What the final metric shows."""
+        word = self.final.verdict("better", "worse")
+        more_failed = word == "better" and self.failed[0] > self.failed[1]
+        return "better, but more runs failed" if more_failed else word
 
     @property
     def speed(self) -> str:
         """What the steps to halfway show."""
-        if not self.steps.shows:
-            return "no difference shown"
-        word = "faster" if self.steps.mean < 0 else "slower"
-        return word if self.p_steps < 0.05 else f"{word}, not after correction"
+        return self.steps.verdict("faster", "slower")
 
 
 def final_difference(curves: Iterable[Curve], others: Iterable[Curve]) -> Paired:
@@ -317,30 +325,36 @@ def final_difference(curves: Iterable[Curve], others: Iterable[Curve]) -> Paired
 def compare(case: Case, arm: str) -> Row:
     """An arm beside "no GC", seed by seed."""
     with_gc, without = case.paired(arm)
-    halfway = statistics.fmean(curve.metric[len(curve.at) // 2 - 1] for curve in without)
-    steps = [[curve.steps_to(halfway) for curve in curves] for curves in (with_gc, without)]
     failed = [sum(map(case.failed, case.tested(one).values())) for one in (arm, "none")]
-    at_none, at_own = (case.paired(arm, case.best[one], case.best[one]) for one in ("none", arm))
+    halfway = statistics.fmean(curve.metric[len(curve.at) // 2 - 1] for curve in without)
+    half = statistics.fmean(curve.steps_to(halfway) for curve in without)
+
+    def steps_difference(curves: Iterable[Curve], others: Iterable[Curve]) -> Paired:
+        steps = [[curve.steps_to(halfway) for curve in both] for both in (curves, others)]
+        return pair(*steps).scaled(100 / half)
+
+    same = [case.paired(arm, case.best[one], case.best[one]) for one in ("none", arm)]
     return Row(
         case=case,
         arm=arm,
         seeds=len(without),
         failed=(failed[0], failed[1]),
         without=statistics.fmean(curve.final for curve in without),
-        final=final_difference(with_gc, without),
+        final=Claim(*(final_difference(*both) for both in [(with_gc, without), *same])),
         best=pair(*([min(curve.metric) for curve in curves] for curves in (with_gc, without))),
-        steps=pair(*steps).scaled(100 / statistics.fmean(steps[1])),
-        at_none=final_difference(*at_none),
-        at_own=final_difference(*at_own),
+        steps=Claim(*(steps_difference(*both) for both in [(with_gc, without), *same])),
     )
 
 
 def all_rows(cases: Iterable[Case]) -> list[Row]:
     """Every arm of every case, with p-values that are corrected over all of them."""
     rows = [compare(case, arm) for case in cases for arm in case.arms]
-    finals, steps = holm([row.final.p for row in rows]), holm([row.steps.p for row in rows])
+    finals, steps = (
+        holm([claim.chosen.p for claim in claims])
+        for claims in ([row.final for row in rows], [row.steps for row in rows])
+    )
     return [
-        dataclasses.replace(row, p_final=p_final, p_steps=p_steps)
+        dataclasses.replace(row, final=row.final._replace(p=p_final), steps=row.steps._replace(p=p_steps))
         for row, p_final, p_steps in zip(rows, finals, steps, strict=True)
     ]
 
@@ -440,7 +454,7 @@ def short_table(rows: Sequence[Row]) -> str:
                 row.case.title,
                 str(row.seeds),
                 f"{row.without:.{digits(row.case.task)}f} {row.case.task.unit}",
-                row.final.told(digits(row.case.task)),
+                row.final.chosen.told(digits(row.case.task)),
                 row.verdict,
                 row.speed,
             ]
@@ -468,10 +482,10 @@ def full_table(rows: Sequence[Row]) -> str:
                 f"{row.case.title}: {row.case.task.unit}",
                 ARMS[row.arm].title,
                 f"{row.seeds}; {row.failed[0]}, {row.failed[1]}",
-                row.final.told(digits(row.case.task)),
-                told_p(row.p_final),
-                row.at_none.told(digits(row.case.task)),
-                row.at_own.told(digits(row.case.task)),
+                row.final.chosen.told(digits(row.case.task)),
+                told_p(row.final.p),
+                row.final.at_none.told(digits(row.case.task)),
+                row.final.at_own.told(digits(row.case.task)),
                 row.verdict,
             ]
             for row in rows
@@ -482,14 +496,25 @@ def full_table(rows: Sequence[Row]) -> str:
 def speed_table(rows: Sequence[Row]) -> str:
     """Every arm on every task: the steps until a threshold, and the best value on the way."""
     return table(
-        ["task and optimizer", "arm", "best on the way", "steps to halfway, %", "p", ""],
+        [
+            "task and optimizer",
+            "arm",
+            "best on the way",
+            "steps to halfway, %",
+            "p",
+            "both as best without GC",
+            "both as best for the arm",
+            "",
+        ],
         [
             [
                 f"{row.case.title}: {row.case.task.unit}",
                 ARMS[row.arm].title,
                 row.best.told(digits(row.case.task)),
-                row.steps.told(1),
-                told_p(row.p_steps),
+                row.steps.chosen.told(1),
+                told_p(row.steps.p),
+                row.steps.at_none.told(1),
+                row.steps.at_own.told(1),
                 row.speed,
             ]
             for row in rows

@@ -329,7 +329,7 @@ def made(evidence, analysis, tmp_path):
 def test_runs_that_failed_are_counted_and_their_seeds_left_out(analysis, made):
     (row,) = analysis.all_rows([made(none=(0, [3.0, 2.0, 4.0, 3.0]), gradients=(0, [2.0, 92.0, 3.5, None]))])
     assert (row.arm, row.seeds, row.failed) == ("gradients", 2, (2, 0))
-    assert (row.without, row.final.mean) == (3.5, -0.75)
+    assert (row.without, row.final.chosen.mean) == (3.5, -0.75)
     assert row.verdict == "no difference shown"
 
 
