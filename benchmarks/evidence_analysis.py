@@ -33,6 +33,7 @@ from evidence import (
 )
 from evidence_tasks import TASKS, Task
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from scipy import stats
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -546,9 +547,11 @@ def small_rate_table(cases: Iterable[Case]) -> str:
         cells = []
         for arm in ("gradients", "random", "optax"):
             runs = [case.grid(one).tuning(point) for one in (arm, "none")]
-            is_there = all(run in case.results.lines for run in itertools.chain(*runs))
-            finals = [list(map(case.results.final, tuning)) for tuning in runs] if is_there else []
-            cells.append(pair(*finals).told(digits(case.task)) if is_there else "-")
+            if len(runs[0]) < 2 or not all(run in case.results.lines for run in itertools.chain(*runs)):
+                cells.append("-")
+                continue
+            finals = [list(map(case.results.final, tuning)) for tuning in runs]
+            cells.append(pair(*finals).told(digits(case.task)))
         rate = case.grid("none").run(point, "validation", 0).rate
         ratio = 2.0 ** (case.best["none"].rate - point.rate)
         seeds = case.grid("none").tuning_seeds
@@ -682,34 +685,39 @@ def draw_forest(rows: Sequence[Row], path: pathlib.Path) -> None:
 
 
 def draw_rates(cases: Sequence[Case], path: pathlib.Path) -> None:
-    """The metric on validation data at every rate that all arms were tried with, decay in the middle."""
-    columns = 4
+    """The metric on validation data at every rate that an arm was tried with, decay in the middle."""
+    shown, columns = ("none", "gradients", "optax", "random"), 4
     height = math.ceil(len(cases) / columns)
     figure = Figure(figsize=(12, 2.4 * height + 0.6), layout="constrained")
     panels = figure.subplots(height, columns, squeeze=False).flat
     for case, panel in zip(cases, panels, strict=False):
-        for arm in [arm for arm in ("none", "gradients", "optax", "random") if arm in ("none", *case.arms)]:
+        rates: set[float] = set()
+        for arm in [arm for arm in shown if arm in ("none", *case.arms)]:
             grid = case.grid(arm)
-            decay = grid.first_decay
-            curve = {}
-            for rate in ROW_OF_RATES:
-                runs = grid.tuning(Point(rate, decay))
-                curve[runs[0].rate] = statistics.fmean(map(case.results.final, runs))
+            tuning = [grid.tuning(Point(rate, grid.first_decay)) for rate in range(-10, 11)]
+            tried = [runs for runs in tuning if all(run in case.results.lines for run in runs)]
+            rates |= {runs[0].rate for runs in tried}
             panel.plot(
-                *zip(*curve.items(), strict=True),
+                [runs[0].rate for runs in tried],
+                [statistics.fmean(map(case.results.final, runs)) for runs in tried],
                 f"{MARKERS[arm]}-",
                 color=COLORS[arm],
-                label=ARMS[arm].title,
                 markersize=4,
             )
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.set_xscale("log", base=2)
-        panel.set_xticks(list(curve), [f"{rate:g}" for rate in curve])
+        ticks = sorted(rates)[::2]
+        panel.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         panel.minorticks_off()
         panel.set_title(case.title, fontsize=8)
         panel.set_ylabel(case.task.unit, fontsize=8)
         panel.tick_params(labelsize=7)
     for panel in list(panels):
         panel.set_axis_off()
+    for arm in shown:
+        figure.axes[0].plot([], [], f"{MARKERS[arm]}-", color=COLORS[arm], label=ARMS[arm].title)
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=4, frameon=False)
     figure.supxlabel("learning rate", fontsize=9)
@@ -723,6 +731,8 @@ def draw_removed(sets: dict[str, list[Gain]], path: pathlib.Path) -> None:
     for (title, gains), panel in zip(sets.items(), panels, strict=True):
         for name, color in zip(OPTIMIZERS, COLORS.values(), strict=False):
             mine = [gain for gain in gains if gain.optimizer == name]
+            if not mine:
+                continue
             x = [100 * gain.removed[1] for gain in mine]
             means = [gain.change.mean for gain in mine]
             low, high = [gain.change.low for gain in mine], [gain.change.high for gain in mine]
