@@ -677,9 +677,7 @@ def draw_forest(rows: Sequence[Row], path: pathlib.Path) -> None:
     inside = [tick for tick in ticks if 1.15 * min(low, -10) <= tick <= 1.15 * max(high, 10)]
     axes.set_xticks(inside, [f"{tick:+d}" if tick else "0" for tick in inside])
     axes.minorticks_off()
-    axes.set_xlabel(
-        "better   ←   change of the test metric against no GC, %, with 95 % intervals   →   worse"
-    )
+    axes.set_xlabel("better   ←   change of the test metric against no GC, %   →   worse", fontsize=9)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
 
