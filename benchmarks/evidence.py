@@ -164,7 +164,7 @@ class Run:
 
 
 class Model(NamedTuple):
-    """The compiled functions of a task, which all arms share, and the axes of its parameters.
+    """The functions of a task, which all arms share, and the axes of its parameters.
 
     Variables are the parameters and what else the model keeps: `(params, statistics)`. `initial(seed)` makes
     them; `gradients(variables, examples)` gives the gradients and the next statistics; `measure(variables,

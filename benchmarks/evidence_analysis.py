@@ -21,16 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from evidence import (
-    ARMS,
-    RESULTS,
-    ROW_OF_RATES,
-    Grid,
-    Point,
-    Results,
-    Run,
-    arms_of,
-)
+from evidence import ARMS, RESULTS, ROW_OF_RATES, Grid, Point, Results, Run, arms_of
 from evidence_tasks import TASKS, Task
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -47,6 +38,7 @@ COLORS = {
     "random": "#009e73",
     "convolutions": "#cc79a7",
 }
+CLAIM = ("p", "both as best without GC", "both as best for the arm", "")
 MARKERS = dict(zip(COLORS, "osD^vP", strict=True))
 
 
@@ -214,12 +206,16 @@ class Case:
 
     @functools.cached_property
     def arms(self) -> list[str]:
-        """Those that have all their tests, beside "no GC", which has them too."""
+        """Those that have all their tests, as "no GC" has, and at least two that did not fail."""
 
         def is_complete(arm: str) -> bool:
-            points = {self.best["none"], self.best[arm]}
-            tests = [self.tested(one, point).keys() for one in ("none", arm) for point in points]
-            return len(tests[0]) > 1 and all(seeds == tests[0] for seeds in tests)
+            settings = [(self.best[one], self.best[one]) for one in ("none", arm)]
+            settings.append((self.best[arm], self.best["none"]))
+            tests = [
+                self.tested(one, at) for both in settings for one, at in zip((arm, "none"), both, strict=True)
+            ]
+            has_all = all(test.keys() == tests[0].keys() for test in tests)
+            return has_all and all(len(self.paired(arm, *both)[0]) > 1 for both in settings)
 
         if "none" not in self.best:
             return []
@@ -286,9 +282,9 @@ class Row:
         seeds: with which neither failed; the differences are over these.
         failed: how many runs of the arm and of "no GC" did.
         without: the mean of the final metric without GC.
-        final: of the final metric.
+        final: the claim about the final metric.
         best: the difference of the best value that was measured.
-        steps: of the steps until the metric is what "no GC" has after half of them, in percent.
+        steps: the claim about the steps until the metric is what "no GC" has after half of them, in percent.
     """
 
     case: Case
@@ -408,14 +404,17 @@ def gains_of_tasks(rows: Iterable[Row]) -> list[Gain]:
 
 
 def gains_of_layers(cases: Iterable[Case], by: int) -> list[Gain]:
-    """Of GC of one layer at a time and of all, with 2 to the power of `by` times the best rate without GC."""
+    """Of GC of one layer at a time and of all, with 2 to the power of `by` times the best rate without GC.
+
+    Layers that were not run are left out.
+    """
     found = []
     for case in cases:
         arms = sorted({run.arm for run in case.runs if run.arm.startswith("layer:")})
         for arm in [*arms, "gradients"] if arms else []:
             point = Point(case.best["none"].rate + by, case.best["none"].decay)
             with_gc, without = case.paired(arm, point, point)
-            if len(without) < 2:  # not run yet
+            if len(without) < 2:
                 continue
             change = final_difference(with_gc, without).scaled(
                 100 / statistics.fmean(curve.final for curve in without)
@@ -465,28 +464,22 @@ def short_table(rows: Sequence[Row]) -> str:
     )
 
 
+def claim_cells(claim: Claim, digits: int) -> list[str]:
+    """What full tables tell of a claim; their headings are `CLAIM`."""
+    settings = claim.at_none.told(digits), claim.at_own.told(digits)
+    return [claim.chosen.told(digits), told_p(claim.p), *settings]
+
+
 def full_table(rows: Sequence[Row]) -> str:
     """Every arm on every task: the final metric."""
     return table(
-        [
-            "task and optimizer",
-            "arm",
-            "seeds; failed",
-            "final",
-            "p",
-            "both as best without GC",
-            "both as best for the arm",
-            "",
-        ],
+        ["task and optimizer", "arm", "seeds; failed", "final", *CLAIM],
         [
             [
                 f"{row.case.title}: {row.case.task.unit}",
                 ARMS[row.arm].title,
                 f"{row.seeds}; {row.failed[0]}, {row.failed[1]}",
-                row.final.chosen.told(digits(row.case.task)),
-                told_p(row.final.p),
-                row.final.at_none.told(digits(row.case.task)),
-                row.final.at_own.told(digits(row.case.task)),
+                *claim_cells(row.final, digits(row.case.task)),
                 row.verdict,
             ]
             for row in rows
@@ -497,25 +490,13 @@ def full_table(rows: Sequence[Row]) -> str:
 def speed_table(rows: Sequence[Row]) -> str:
     """Every arm on every task: the steps until a threshold, and the best value on the way."""
     return table(
-        [
-            "task and optimizer",
-            "arm",
-            "best on the way",
-            "steps to halfway, %",
-            "p",
-            "both as best without GC",
-            "both as best for the arm",
-            "",
-        ],
+        ["task and optimizer", "arm", "best on the way", "steps to halfway, %", *CLAIM],
         [
             [
                 f"{row.case.title}: {row.case.task.unit}",
                 ARMS[row.arm].title,
                 row.best.told(digits(row.case.task)),
-                row.steps.chosen.told(1),
-                told_p(row.steps.p),
-                row.steps.at_none.told(1),
-                row.steps.at_own.told(1),
+                *claim_cells(row.steps, 1),
                 row.speed,
             ]
             for row in rows
@@ -583,9 +564,9 @@ def settings_table(cases: Iterable[Case]) -> str:
 
 
 def removed_table(cases: Iterable[Case]) -> str:
-    """What GC removes of the gradient of each weight, without GC: the mean over the seeds."""
+    """What GC removes of the gradient of each weight, without GC and under SGD: the mean over the seeds."""
     lines = []
-    for case in {case.name: case for case in reversed(list(cases))}.values():
+    for case in [case for case in cases if case.optimizer == "sgd"]:
         tested = [line["removed"] for line in case.tested("none").values()]
         for path in tested[0][0]:
             shares = [statistics.fmean(line[when][path][0] for line in tested) for when in (0, 1)]

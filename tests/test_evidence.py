@@ -438,6 +438,43 @@ def test_the_pages_say_what_the_runs_that_are_kept_show(analysis):
         assert analysis.replace_blocks(page, blocks) == page, f"make evidence changes {name}"
 
 
+def test_the_sentences_of_the_readme_are_those_of_the_tables(analysis):
+    cases, rows, sets = analysis.analyse(RESULTS)
+    section = (ROOT / "README.md").read_text().partition("## Does it help?")[2].partition("\n## ")[0]
+    text = " ".join(section.partition("<!-- end -->")[2].split())
+
+    def counts(arm):
+        mine = [row for row in rows if row.arm == arm]
+        verdicts, speeds = [row.verdict for row in mine], [row.speed for row in mine]
+        return [*map(verdicts.count, ("better", "worse")), *map(speeds.count, ("faster", "slower"))]
+
+    better, worse, faster, slower = counts("gradients")
+    assert f"On {len(cases)} pairs of" in text
+    assert f"ended better in {better} and worse in {worse}, " in text
+    assert f"reached halfway faster in {faster} and slower in {slower}, " in text
+    better, worse, faster, slower = counts("random")
+    assert f"ended better in {better} and worse in {worse}, and was faster in {faster}." in text
+    assert slower == 0, "the sentence does not tell"
+    gains = sets["tasks"]
+    correlation = analysis.correlate_gains(gains, 1)
+    assert f"over {len({gain.model for gain in gains})} tasks the rank correlation is {correlation}." in text
+    assert correlation.low < 0 < correlation.high, "not shown"
+
+
+def test_half_as_many_tuning_seeds_choose_as_the_page_tells(analysis, evidence):
+    case = analysis.Case("digits", "sgd", evidence.Results(RESULTS))
+    rates, points = {}, {}
+    for arm in ("none", "gradients"):
+        for seeds in (8, 16):
+            grid = evidence.Grid("digits", "sgd", arm, case.task.steps, seeds)
+            point, _ = grid.choose(case.results)
+            rates[arm, seeds], points[arm, seeds] = grid.run(point, "test", 0).rate, point
+    assert rates == {("none", 8): 0.1, ("none", 16): 0.2, ("gradients", 8): 0.2, ("gradients", 16): 0.2}
+    apart = analysis.final_difference(*case.paired("gradients", points["gradients", 8], points["none", 8]))
+    assert apart.told(2).startswith("-0.36 ")
+    assert apart.p < 1e-5
+
+
 def test_no_best_rate_lies_at_the_edge_of_its_grid(analysis):
     cases, _, _ = analysis.analyse(RESULTS)
     assert cases
