@@ -684,6 +684,7 @@ def draw_rates(cases: Sequence[Case], path: pathlib.Path) -> None:
                 markersize=4,
             )
         panel.set_yscale("log")
+        panel.set_ylim(top=min(panel.get_ylim()[1], case.task.nothing_learnt))
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.set_xscale("log", base=2)
