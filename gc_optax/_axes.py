@@ -76,7 +76,7 @@ class WeightAxes:
         TypeError: if `fan_in` or `fan_out` is not a tuple of ints.
         ValueError: if `role` is none of these.
 
-    Example:
+    Examples:
         A stack of 12 dense layers of shape (64, 32), kept in one array:
 
         >>> from gc_optax import WeightAxes
@@ -134,7 +134,7 @@ class WeightAxes:
             TypeError: if an axis is not an int.
             ValueError: if an axis is repeated, or is not one of the parameter's as far as it is known.
 
-        Example:
+        Examples:
             >>> from gc_optax import WeightAxes
             >>> experts = WeightAxes(fan_in=(1,), fan_out=(0, 2))
             >>> experts.to_muon()
@@ -169,7 +169,7 @@ class WeightAxes:
             `MuonDimensionNumbers(fan_in, fan_out)`, or `None`, which leaves the parameter to Adam, where
             there is no matrix: where `fan_in` or `fan_out` is empty.
 
-        Example:
+        Examples:
             Muon is for the weights between the first and the last. The others have a role that says so:
 
             >>> import jax
@@ -220,7 +220,7 @@ class WeightAxes:
         Raises:
             ImportError: if optax is older than 0.2.7, which was the first to have `GaLoreDimensionNumbers`.
 
-        Example:
+        Examples:
             An attention kernel of shape (embed, heads, head_dim) is a matrix (embed, heads * head_dim):
 
             >>> import jax

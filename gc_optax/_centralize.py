@@ -86,7 +86,7 @@ def centralize(
             `update`, if `partition_specs` is given and no mesh axis is manual.
         TypeError: likewise, if a leaf of `axes`, `mask` or `partition_specs` is of none of the types above.
 
-    Example:
+    Examples:
         >>> import gc_optax
         >>> import jax.numpy as jnp
         >>> import optax
@@ -142,7 +142,7 @@ def centralize_gradients(
         ValueError: as `centralize`.
         TypeError: as `centralize`.
 
-    Example:
+    Examples:
         >>> import gc_optax
         >>> import jax.numpy as jnp
         >>> print(gc_optax.centralize_gradients(jnp.array([[1.0, 0.0], [3.0, 4.0]]), axes=0))
@@ -183,7 +183,7 @@ def centralized(
         ValueError: if `where` is neither of the two; from `init`, if `centralization` has a state.
         TypeError: if `optimizer` or `centralization` is no `optax.GradientTransformation`.
 
-    Example:
+    Examples:
         >>> import gc_optax
         >>> import jax.numpy as jnp
         >>> import optax

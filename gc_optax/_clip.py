@@ -80,7 +80,7 @@ def adaptive_grad_clip(
             gradient that is clipped. The message names the parameter.
         TypeError: if `clipping` or `eps` is no scalar; from `init` and `update`, as `centralize`.
 
-    Example:
+    Examples:
         The first weight vector is 5 long and its gradient 10, which is clipped to 2.5; the second one is 2
         long and its gradient 1, which is no more than half of that:
 

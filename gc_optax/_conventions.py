@@ -64,7 +64,7 @@ def out_last(params: PyTree) -> PyTree:
     Returns:
         A tree with the structure of `params` and a `WeightAxes` at each leaf.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from gc_optax import out_last
         >>> axes = out_last({"Dense_0": {"kernel": jnp.ones((64, 10)), "bias": jnp.ones((10,))}})
@@ -96,7 +96,7 @@ def out_first(params: PyTree) -> PyTree:
     Returns:
         A tree with the structure of `params` and a `WeightAxes` at each leaf.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from gc_optax import out_first
         >>> out_first([jnp.ones((10, 64)), jnp.ones((16, 3, 5, 5))])[1].fan_in
@@ -131,7 +131,7 @@ def conv_only(axes: Axes) -> PyTree:
     Raises:
         TypeError: if a leaf is not a `WeightAxes`: bare axes do not say what the weight is used for.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from gc_optax import conv_only, out_last
         >>> params = {"conv": jnp.ones((3, 3, 16, 32)), "head": jnp.ones((32, 10))}

@@ -50,7 +50,7 @@ def save_axes(file: str | os.PathLike[str], axes: Axes, params: PyTree) -> None:
         TypeError: as the `init` of `centralize`.
         OSError: if the file cannot be written.
 
-    Example:
+    Examples:
         >>> import pathlib
         >>> import tempfile
         >>> import gc_optax
@@ -106,7 +106,7 @@ def load_axes(file: str | os.PathLike[str], params: PyTree) -> PyTree:
             parameters.
         OSError: if the file cannot be read, a `FileNotFoundError` if there is none.
 
-    Example:
+    Examples:
         >>> import pathlib
         >>> import tempfile
         >>> import gc_optax

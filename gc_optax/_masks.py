@@ -72,7 +72,7 @@ def decay_mask(axes: Axes, *, lookups: bool = False) -> PyTree:
             function for a schedule, unless it is told `static_args="mask"`, and calls it with the step.
         ValueError: from the mask that is made of a function, as from `centralize`.
 
-    Example:
+    Examples:
         The bias of an attention layer has two axes, and the scales of a stack of layers have:
 
         >>> import gc_optax

@@ -49,7 +49,7 @@ def removed_fraction(gradients: PyTree, axes: Axes = None, *, mask: Mask = None)
         ValueError: as the `init` of `centralize`.
         TypeError: as the `init` of `centralize`.
 
-    Example:
+    Examples:
         As a metric of a training loop, measured before the gradient is centralized:
 
         >>> import functools
@@ -101,7 +101,7 @@ def summarize(params: PyTree, axes: Axes = None, *, mask: Mask = None, gradients
         TypeError: as the `init` of `centralize`; and if `params` is a tree of axes.
         ImportError: if `rich` is not installed.
 
-    Example:
+    Examples:
         >>> import gc_optax
         >>> import jax.numpy as jnp
         >>> block = {"kernel": jnp.ones((64, 10)), "bias": jnp.ones((10,))}

@@ -88,7 +88,7 @@ def centralized(
             one with an `apply` of its own.
         ImportError: when this module is imported without Keras, or with Keras on another backend than JAX.
 
-    Example:
+    Examples:
         >>> import gc_optax.keras
         >>> import keras
         >>> import numpy as np
@@ -137,7 +137,7 @@ def infer_axes(model: Any, *args: Any, **kwargs: Any) -> dict[str, WeightAxes]:
         TypeError: if `model` is no layer of Keras, or an input is a symbolic tensor of Keras.
         ImportError: when this module is imported without Keras, or with Keras on another backend than JAX.
 
-    Example:
+    Examples:
         >>> import gc_optax.keras
         >>> import jax
         >>> import jax.numpy as jnp

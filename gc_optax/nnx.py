@@ -44,7 +44,7 @@ def infer_axes(
         TypeError: as `gc_optax.infer_axes`.
         ImportError: when this module is imported without Flax.
 
-    Example:
+    Examples:
         >>> import gc_optax.nnx
         >>> import jax
         >>> import jax.numpy as jnp

@@ -15,7 +15,7 @@ There are states that `where="updates"` does not reach. One is the averages of `
 is the value and the gradient that the line search of `lbfgs` has found: compute them anew at the next
 parameters, and do not take them from the state by `optax.value_and_grad_from_state`.
 
-Example:
+Examples:
     >>> import gc_optax
     >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones((2,))}

@@ -69,7 +69,7 @@ def infer_axes(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
             cannot trace; and whatever `fn` raises when it is traced.
         NameError: if `fn` uses the name of a mesh axis or of a `pmap`, as `jax.lax.pmean` does.
 
-    Example:
+    Examples:
         >>> import jax
         >>> import jax.numpy as jnp
         >>> from gc_optax import infer_axes

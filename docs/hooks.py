@@ -1,0 +1,104 @@
+"""What mkdocs does besides: files that stand outside of docs/, formulas, and a look at the API pages.
+
+The pages are written for a reader on a code host, who can follow a link to any file of the repository. On the
+site README.md is the home page, the changelog and the guide for contributors are pages too, and a link to any
+other file leads to a page with its text.
+"""
+
+import html
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import griffe
+import latex2mathml.converter
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+FROM_ROOT = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
+LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml", ".md": "markdown"}
+PUBLIC = ("gc_optax", "gc_optax.nnx", "gc_optax.keras")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Adds the pages whose text is not in docs/."""
+    check_api_pages()
+    for name, page in FROM_ROOT.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / name)))
+    pages = [file for file in files if file.src_uri.endswith(".md")]
+    linked = {path for file in pages for _, path in linked_files(file.src_uri, file.content_string)}
+    for path in sorted(linked):
+        if page := source_page(path):
+            files.append(File.generated(config, page, content=show_source(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Leads the links to files of the repository to the pages that have them."""
+    here = page.file.src_uri
+    leads = {
+        link: os.path.relpath(site_path(path), os.path.dirname(here) or ".")
+        for link, path in linked_files(here, markdown)
+    }
+    return LINK.sub(lambda link: leads.get(link[0], link[0]), markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Writes formulas as MathML, which browsers show without a script."""
+
+    def convert(found: re.Match[str]) -> str:
+        formula = html.unescape(found["formula"])
+        return latex2mathml.converter.convert(formula, "inline" if found["open"] == r"\(" else "block")
+
+    formulas = r'<(?P<tag>span|div) class="arithmatex">(?P<open>\\[([])(?P<formula>.*?)\\[)\]]</(?P=tag)>'
+    return re.sub(formulas, convert, content, flags=re.DOTALL)
+
+
+def linked_files(page: str, markdown: str) -> Iterator[tuple[str, pathlib.Path]]:
+    """The links of a page that lead to files of the repository, as they are written, and the files."""
+    names = {page: name for name, page in FROM_ROOT.items()}
+    folder = (ROOT / names[page] if page in names else DOCS / page).parent
+    for link in LINK.findall(markdown):
+        path = (folder / link).resolve()
+        if path.is_file() and path.is_relative_to(ROOT):
+            yield link, path
+
+
+def source_page(path: pathlib.Path) -> str | None:
+    """The page that is made to show a file; none for what the site has anyway."""
+    inside = path.is_relative_to(DOCS) or str(path.relative_to(ROOT)) in FROM_ROOT
+    return None if inside else f"source/{path.relative_to(ROOT)}.md"
+
+
+def site_path(path: pathlib.Path) -> str:
+    """Where a file of the repository is on the site."""
+    return source_page(path) or FROM_ROOT.get(str(path.relative_to(ROOT))) or str(path.relative_to(DOCS))
+
+
+def show_source(path: pathlib.Path) -> str:
+    """A page with the text of a file."""
+    name, language = path.relative_to(ROOT), LANGUAGES.get(path.suffix, "text")
+    return (
+        f"---\ntitle: {name}\nsearch:\n  exclude: true\nhide: [toc]\n---\n\n"
+        f"# `{name}`\n\n`````{language}\n{path.read_text()}`````\n"
+    )
+
+
+def check_api_pages() -> None:
+    """Fails for a public name that no page of docs/api documents."""
+    shown = re.findall(r"^::: (\S+)", "\n".join(p.read_text() for p in (DOCS / "api").glob("*.md")), re.M)
+    missing = [name for name in public_names() if name not in shown]
+    if missing:
+        raise PluginError(f"docs/api has no `::: NAME` of {', '.join(missing)}")
+
+
+def public_names() -> Iterator[str]:
+    """The names that are the API, each with its module."""
+    for module in PUBLIC:
+        members = griffe.load(module, search_paths=[ROOT], resolve_aliases=True).members.values()
+        yield from (member.path for member in members if member.is_public and member.path not in PUBLIC)
