@@ -62,7 +62,7 @@ test: .venv/dev.installed
 test-oldest: BIN := .venv-oldest/bin
 test-oldest: INSTALL = $(UV_INSTALL) --resolution lowest-direct
 test-oldest: .venv-oldest/test.installed
-	$(BIN)/python tests/floors.py test
+	$(BIN)/python tests/package/floors.py test
 	$(PYTEST) -m "not slow" tests gc_optax
 
 # The newest JAX does not run on Python 3.11. What was released since the last time is installed first; the list
@@ -78,7 +78,7 @@ test-newest: .venv-newest/dev.installed
 # The compiler for TPUs has an environment of its own: where it is installed, JAX looks for a TPU at every start.
 test-tpu: BIN := .venv-tpu/bin
 test-tpu: .venv-tpu/tpu.installed
-	$(BIN)/python -m pytest --noconftest tests/test_tpu_pod.py
+	$(BIN)/python -m pytest --noconftest tests/sharding/test_tpu_pod.py
 
 lint: .venv/dev.installed
 	$(BIN)/ruff format --check .

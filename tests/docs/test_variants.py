@@ -19,7 +19,7 @@ import pytest
 
 from gc_optax import centralize, centralized, out_last
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "variants.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "variants.md"
 
 STEPS = range(1, 51)
 RATE, RATE_DECAY, WEIGHT_DECAY, MOMENTUM = 0.05, 0.02, 0.1, 0.9

@@ -13,7 +13,7 @@ import pytest
 import gc_optax
 import gc_optax.keras
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
 START, END = README.index("## Coming from elsewhere"), README.index("## Names")
 SECTION = README[START:END]
 

@@ -207,7 +207,7 @@ def test_every_example_has_help_a_picture_and_tests(script, monkeypatch, capsys,
     assert len(pictures) == 1
     assert pictures[0].stat().st_size < 150_000
     assert_picture(pictures[0])
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert re.search(rf'"{script.stem}(\.py)?"', tests), "a test takes it by its name"
 
 

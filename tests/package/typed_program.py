@@ -1,4 +1,4 @@
-"""What type checkers make of a user's program: `tests/test_package.py` has two of them look at it.
+"""What type checkers make of a user's program: `tests/package/test_package.py` has two of them look at it.
 
 An ignored error which is none is an error.
 """

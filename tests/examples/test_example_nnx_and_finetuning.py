@@ -63,7 +63,7 @@ def number(cell):
 
 def test_the_language_model_learns_prints_a_table_and_writes(monkeypatch, capsys, tmp_path):
     text, picture = tmp_path / "text.py", tmp_path / "curves.png"
-    text.write_bytes(b"".join(file.read_bytes() for file in sorted((ROOT / "tests").glob("*.py"))))
+    text.write_bytes(b"".join(file.read_bytes() for file in sorted((ROOT / "tests").rglob("*.py"))))
     sizes = ["--layers", 1, "--width", 16, "--length", 16, "--batch-size", 8]
     training = ["--steps", 25, "--measure-every", 10, "--seeds", 2]
     run(monkeypatch, LANGUAGE_MODEL, "--text", text, *sizes, *training, "--output", picture)

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from test_examples import run
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 FOLDER = EXAMPLES / "image_folder.py"
 CLASSIFICATION = EXAMPLES / "image_classification.py"
 RED, BLUE = (200, 0, 0), (0, 0, 200)

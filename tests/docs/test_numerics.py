@@ -17,7 +17,7 @@ import pytest
 
 from gc_optax import centralize, centralize_gradients, centralized, infer_axes, out_last, removed_fraction
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "numerics.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "numerics.md"
 
 
 def table_under(first_column):

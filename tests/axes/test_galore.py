@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from infer_axes.test_whole_models import MODELS, by_path
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from whole_models import MODELS, by_path
 
 import gc_optax
 from gc_optax import WeightAxes, infer_axes

@@ -12,7 +12,7 @@ from gc_optax import removed_fraction
 
 event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "logging.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "logging.md"
 
 
 def read_scalars(file):

@@ -17,9 +17,9 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from infer_axes.test_whole_models import MODELS
 from jax import ShapeDtypeStruct as Shape
 from jax import tree_util as jtu
+from whole_models import MODELS
 
 import gc_optax.nnx
 from gc_optax import WeightAxes, centralize, infer_axes, load_axes, out_first, out_last, save_axes

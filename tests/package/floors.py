@@ -1,6 +1,6 @@
 """Fails unless what is installed are the lowest versions that pyproject.toml allows for an extra.
 
-Usage: python tests/floors.py test
+Usage: python tests/package/floors.py test
 """
 
 import pathlib
@@ -44,6 +44,6 @@ def above(lowest: dict[str, Version]) -> list[str]:
 
 
 if __name__ == "__main__":
-    pyproject = pathlib.Path(__file__).parent.parent / "pyproject.toml"
+    pyproject = pathlib.Path(__file__).parents[2] / "pyproject.toml"
     project = tomllib.loads(pyproject.read_text())["project"]
     sys.exit("\n".join(above(floors(project, sys.argv[1]))) or 0)

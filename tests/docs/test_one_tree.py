@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "one_tree.md").read_text()
 
 pytestmark = [

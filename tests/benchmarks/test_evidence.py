@@ -18,7 +18,7 @@ from scipy import stats
 
 import gc_optax
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "evidence_results"
 QUICK = ("--task", "diabetes", "--steps", 4, "--seeds", 2, "--tuning-seeds", 1)

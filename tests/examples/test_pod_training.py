@@ -25,8 +25,8 @@ from rich.console import Console
 
 pytestmark = pytest.mark.slow
 
-MAKEFILE = pathlib.Path(__file__).parent.parent / "Makefile"
-SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "pod_training.py"
+MAKEFILE = pathlib.Path(__file__).parents[2] / "Makefile"
+SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "pod_training.py"
 SMALL = ["--layers=2", "--embed=16", "--heads=2", "--length=16", "--batch-size=8", "--learning-rate=0.01"]
 STEPS = 30
 EVERY = 10

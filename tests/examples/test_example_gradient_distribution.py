@@ -12,7 +12,7 @@ from test_examples import run
 
 from gc_optax import centralize_gradients, removed_fraction
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "gradient_distribution.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "gradient_distribution.py"
 LAYERS = ["conv_0", "conv_1", "dense", "head"]
 ROW = r"│ (\w+) +│ +(\d+) │ +(\S+)% │ +(\S+)% │ +(\S+)% │ +(\S+) │ +(\S+) │"
 

@@ -15,7 +15,7 @@ import pytest
 
 import gc_optax
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = ROOT / "tests" / "typed_program.py"
 
 
@@ -85,7 +85,7 @@ def test_the_wheel_is_the_package_and_the_source_distribution_can_be_tested(buil
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile", "conftest.py"}
     needed |= {
-        "tests/test_package.py",
+        "tests/package/test_package.py",
         "docs/variants.md",
         "examples/quickstart.py",
         "benchmarks/overhead.py",
