@@ -1,4 +1,4 @@
-"""Makes the tables and the pictures of docs/evidence.md and README.md from the runs that `evidence.py` kept.
+"""Makes the tables and the pictures of docs/evidence.md from the runs that `evidence.py` kept.
 
     python benchmarks/evidence_analysis.py
 
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from scipy import stats
 
-ROOT = pathlib.Path(__file__).parent.parent
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
 ALL_LAYERS = "all layers"
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW", "lion": "Lion", "muon": "Muon"}
 COLORS = {
@@ -446,7 +446,7 @@ def told_p(p: float) -> str:
 
 
 def short_table(rows: Sequence[Row]) -> str:
-    """GC of the gradients on every task, for the README."""
+    """GC of the gradients on every task."""
     return table(
         ["task and optimizer", "seeds", "without GC", "difference with GC (95 % interval)", "final", "speed"],
         [
@@ -796,25 +796,24 @@ def main() -> None:
     """Draws the pictures and writes the tables into the pages."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="the folder of the results")
-    parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="the folder of README.md and docs/")
+    parser.add_argument("--docs", type=pathlib.Path, default=DOCS, help="the folder of evidence.md")
     chosen = parser.parse_args()
     analysis = cases, rows, sets = analyse(chosen.results)
     if not rows:
         raise SystemExit(f"{chosen.results} has no arm yet that was tuned and tested as no GC was.")
-    pictures = chosen.root / "docs" / "evidence"
+    pictures = chosen.docs / "evidence"
     pictures.mkdir(parents=True, exist_ok=True)
     draw_forest(rows, pictures / "forest.png")
     draw_rates(cases, pictures / "rates.png")
     if sets:
         draw_removed(sets, pictures / "removed.png")
     blocks = make_blocks(*analysis)
-    for name in ("README.md", "docs/evidence.md"):
-        page = chosen.root / name
-        page.write_text(replace_blocks(page.read_text(), blocks))
+    page = chosen.docs / "evidence.md"
+    page.write_text(replace_blocks(page.read_text(), blocks))
     print(blocks["counts"])
     for line in missing(cases):
         print(f"Not there, or not in full: {line}")
-    print(f"{len(rows)} rows; written into README.md and docs/evidence.md of {chosen.root}.")
+    print(f"{len(rows)} rows; written into {page}.")
 
 
 if __name__ == "__main__":

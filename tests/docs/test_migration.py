@@ -1,4 +1,4 @@
-"""What the README promises to those who come from another implementation."""
+"""What the docs promise to those who come from another implementation."""
 
 import pathlib
 import re
@@ -13,9 +13,8 @@ import pytest
 import gc_optax
 import gc_optax.keras
 
-README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
-START, END = README.index("## Coming from elsewhere"), README.index("## Names")
-SECTION = README[START:END]
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "migration.md").read_text()
 
 PARAMS = {"conv_kernel": jnp.zeros((3, 3, 2, 4)), "bias": jnp.zeros((4,))}
 TARGET = {"conv_kernel": jnp.arange(72.0).reshape(3, 3, 2, 4) ** 2, "bias": jnp.arange(4.0)}
@@ -39,7 +38,7 @@ NAMES = {
     "optimizer": optax.sgd(0.1),
     "params": PARAMS,
 }
-LINES = re.findall(r"^\| .+ \| `([^`]+\))`[^|]*\|$", SECTION, re.MULTILINE)
+LINES = re.findall(r"^\| .+ \| `([^`]+\))`[^|]*\|$", PAGE, re.MULTILINE)
 
 
 def step(optimizer):
@@ -59,7 +58,7 @@ def mean_over(axes, kernel):
 
 
 def test_every_row_but_that_of_the_variants_has_a_line():
-    assert len(LINES) == SECTION.count("\n| ") - 2
+    assert len(LINES) == PAGE.count("\n| ") - 2
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -89,15 +88,15 @@ def test_checkpoints_of_optax_centralize_load():
 
 
 def test_the_numbers_are_those_of_the_tables():
-    quoted = re.findall(r"\b\d+\.\d{2,4}\b", SECTION)
-    tables = [line for line in README[:START].split("\n") if line.startswith("| ")]
+    quoted = re.findall(r"\b\d+\.\d{2,4}\b", PAGE)
+    tables = [line for line in (DOCS / "axes.md").read_text().split("\n") if line.startswith("| ")]
     assert len(quoted) == 4
     for number in quoted:
         assert any(f"| {number} ± " in line for line in tables), number
 
 
 def test_the_models_of_keras_train_with_centralized_gradients():
-    blocks = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
         namespace = {}

@@ -128,21 +128,21 @@ def test_trace_refuses_nonsense():
         assert re.search(r"error: argument", refused.stderr)
 
 
-def test_the_table_in_the_readme_is_what_summarize_prints():
-    text = (ROOT / "README.md").read_text()
-    section = text[text.index("## Exact axes") : text.index("## Which axes")]
-    code = "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
-    (table,) = re.findall(r"```text\n(.*?)```", section, re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/axes.md", "docs/start.md"])
+def test_the_table_on_the_page_is_what_summarize_prints(page):
+    text = (ROOT / page).read_text()
+    before, found, _ = text.partition("```text\n")
+    section = before[before.rindex("\n## Read them") :] if page == "docs/axes.md" else before
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(code, {"__name__": "readme"})
-    assert printed.getvalue() == table
+        exec("\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL)), {"__name__": "page"})
+    assert found
+    assert printed.getvalue() == text.partition("```text\n")[2].partition("```")[0]
 
 
-def test_the_tests_that_the_readme_names_are_there():
-    text = (ROOT / "README.md").read_text()
+def test_the_tests_that_the_pages_name_are_there():
+    text = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
     there = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
     named = re.findall(r"`(test_\w+)`", text)
     assert len(named) >= 8
     assert [name for name in named if f"def {name}(" not in there] == []
-    assert [file for file in re.findall(r"`(tests/[\w/]+\.py)`", text) if not (ROOT / file).exists()] == []
