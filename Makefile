@@ -7,7 +7,7 @@ INSTALL = $(PIP_INSTALL)
 # One process for each processor. What is in one file shares fixtures, or a page's names, and stays together.
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help demo demo-pod examples evidence test test-oldest test-newest test-tpu lint build clean
+.PHONY: help demo demo-pod examples evidence test test-oldest test-newest test-tpu lint docs docs-serve build clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,8 @@ help:
 	@echo "make test-newest  run what is not slow with the newest versions, on Python 3.13"
 	@echo "make test-tpu     run the tests that compile for a TPU pod; no TPU is needed"
 	@echo "make lint         check format, style and types"
+	@echo "make docs         build the documentation into site/; a broken link or a public name without a page fails"
+	@echo "make docs-serve   show the documentation at http://127.0.0.1:8000, and follow changes"
 	@echo "make build        build the wheel and the source distribution into dist/"
 	@echo "make clean        remove the environments and what was built"
 
@@ -85,12 +87,19 @@ lint: .venv/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The variable keeps quiet what the theme says about its successor at every start.
+docs: .venv/dev.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: .venv/dev.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 build: .venv/dev.installed
 	rm -rf dist
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-tpu dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-tpu dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # One stamp for each set of extras in pyproject.toml: the demo does not wait for the tests' dependencies.
 %.installed: pyproject.toml
