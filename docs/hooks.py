@@ -52,8 +52,8 @@ def on_page_content(content: str, **_: Any) -> str:
     """Writes formulas as MathML, which browsers show without a script."""
 
     def convert(found: re.Match[str]) -> str:
-        formula = html.unescape(found["formula"])
-        return latex2mathml.converter.convert(formula, "inline" if found["open"] == r"\(" else "block")
+        display = "inline" if found["open"] == r"\(" else "block"
+        return latex2mathml.converter.convert(html.unescape(found["formula"]), display=display)
 
     formulas = r'<(?P<tag>span|div) class="arithmatex">(?P<open>\\[([])(?P<formula>.*?)\\[)\]]</(?P=tag)>'
     return re.sub(formulas, convert, content, flags=re.DOTALL)
