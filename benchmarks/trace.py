@@ -156,9 +156,9 @@ def report(runs: list[dict[str, Any]], repeats: int) -> None:
 def main() -> None:
     """Measures every model and prints a table."""
     parser = harness.command_line(__doc__)
-    layers, narrow = [6, 12, 24, 48], [5000, 10_000, 20_000, 50_000]
+    narrow = [5000, 10_000, 20_000, 50_000]
     parser.add_argument(
-        "--layers", type=harness.positive, nargs="+", default=layers, help=f"default: {layers}"
+        "--layers", type=harness.positive, nargs="+", default=[6, 12, 24, 48], help="default: 6 12 24 48"
     )
     described = f"also narrow decoders of so many (default: {narrow})"
     parser.add_argument("--equations", type=harness.positive, nargs="*", default=narrow, help=described)

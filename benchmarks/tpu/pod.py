@@ -232,21 +232,11 @@ def main() -> None:
     """Compiles the update of every decoder on every mesh, and prints the tables."""
     parser = harness.command_line(__doc__)
     parser.add_argument(
-        "--models",
-        nargs="+",
-        choices=DECODERS,
-        default=["7B", "70B"],
-        metavar="NAME",
-        help=f"of {', '.join(DECODERS)} (default: 7B 70B)",
+        "--models", nargs="+", choices=DECODERS, default=["7B", "70B"], help="default: 7B 70B"
     )
-    parser.add_argument("--topology", default="v5e:16x16", metavar="NAME", help="(default: v5e:16x16)")
+    parser.add_argument("--topology", default="v5e:16x16", metavar="NAME", help="default: v5e:16x16")
     parser.add_argument(
-        "--meshes",
-        nargs="+",
-        type=mesh_shape,
-        default=[(64, 4)],
-        metavar="FSDPxTP",
-        help="with all chips of the topology (default: 64x4)",
+        "--meshes", nargs="+", type=mesh_shape, default=[(64, 4)], metavar="FSDPxTP", help="default: 64x4"
     )
     arguments = parser.parse_args()
     if importlib.util.find_spec("libtpu") is None:
