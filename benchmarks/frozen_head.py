@@ -7,15 +7,14 @@ what is left of its gradient is zero.
     python benchmarks/frozen_head.py [--steps N] [--seeds N] [--json PATH]
 """
 
-import argparse
-import json
+from typing import Any
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from harness import positive, writable
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import make_friedman1
@@ -50,12 +49,10 @@ def train(optimizer: optax.GradientTransformation, seed: int, steps: int) -> dic
     model = Regression()
     start = model.init(jax.random.key(seed), x)
 
-    def loss(params: optax.Params) -> jax.Array:
+    def loss(params: Any) -> jax.Array:
         return jnp.mean((model.apply(params, x) - y) ** 2)
 
-    def step(
-        carry: tuple[optax.Params, optax.OptState], _: None
-    ) -> tuple[tuple[optax.Params, optax.OptState], None]:
+    def step(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], None]:
         params, state = carry
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return (optax.apply_updates(params, updates), state), None
@@ -67,10 +64,9 @@ def train(optimizer: optax.GradientTransformation, seed: int, steps: int) -> dic
 
 def main() -> None:
     """Runs every optimizer with every seed and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=positive, default=500, help="full-batch steps (default: 500)")
-    parser.add_argument("--seeds", type=positive, default=5, help="initializations (default: 5)")
-    parser.add_argument("--json", type=writable, help="also write every run to this file")
+    parser = harness.command_line(__doc__)
+    parser.add_argument("--steps", type=harness.positive, default=500, help="full-batch steps (default: 500)")
+    parser.add_argument("--seeds", type=harness.positive, default=5, help="initializations (default: 5)")
     arguments = parser.parse_args()
     if arguments.seeds < 2:
         parser.error(f"argument --seeds: a spread needs at least 2, got {arguments.seeds}")
@@ -88,8 +84,7 @@ def main() -> None:
         columns = [np.array([result[key] for result in results]) for key in ("loss", "head_moved")]
         table.add_row(name, *(f"{values.mean():.4f} ± {values.std(ddof=1):.4f}" for values in columns))
     Console().print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(runs, indent=1))
+    harness.save(runs, arguments.json)
 
 
 if __name__ == "__main__":

@@ -138,3 +138,8 @@ class LSTM(nn.Module):
 def shapes(model: nn.Module, inputs: jax.ShapeDtypeStruct) -> Any:
     """The variables of a model as shapes, nothing computed."""
     return jax.eval_shape(model.init, jax.random.key(0), inputs)
+
+
+def are_matrices(params: Any) -> Any:
+    """The mask that many write, for weight decay or for centralization: what has more than one axis."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

@@ -11,23 +11,20 @@ both. The axes of gc_optax are those that `infer_axes` reads off it.
     python benchmarks/rank_rules.py [--json PATH]
 """
 
-import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import machine, wide_console, writable
-from rich import box
+from models import are_matrices
 from rich.console import Console
-from rich.table import Table
 
 import gc_optax
 from gc_optax import WeightAxes
@@ -209,11 +206,6 @@ def galore_of_weights(axes: Any) -> optax.GradientTransformation:
     return each_matrix(optax.contrib.galore(1.0, RANK, weight_dimension_numbers=numbers), stacks)
 
 
-def are_matrices(params: Any) -> Any:
-    """The mask for weight decay that everyone writes."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-
-
 RULES = {
     "centralize": Rule(optax.centralize(), gc_optax.centralize, out_first=True),
     "muon, every weight": Rule(optax.contrib.muon(1.0), muon_of_weights),
@@ -313,27 +305,22 @@ def measure() -> dict[str, Any]:
 
 def report(measured: dict[str, Any], console: Console) -> None:
     """Prints how many parameters are wrong, which ones, and the factor of the clipping."""
-    table = Table(title="parameters whose update is wrong", box=box.SIMPLE_HEAD)
-    headings = [f"{kind}: {ours}" for kind in ("plain", "scanned") for ours in ("optax", "gc_optax")]
-    for heading in ("rule of optax", *headings):
-        table.add_column(heading, no_wrap=True)
+    ours = ("optax", "gc_optax")
+    headings = ["rule of optax", *(f"{kind}: {whose}" for kind in ("plain", "scanned") for whose in ours)]
+    counts = harness.table("parameters whose update is wrong", headings, [])
     for name, by_kind in measured["rules"].items():
-        counts = (
-            f"{len(of[ours])} of {of['of']}" for of in by_kind.values() for ours in ("optax", "gc_optax")
-        )
-        table.add_row(name, *counts)
-    console.print(table)
+        cells = (f"{len(found[whose])} of {found['of']}" for found in by_kind.values() for whose in ours)
+        counts.add_row(name, *cells)
 
-    names = Table(title="which ones, by optax (p: plain, s: scanned)", box=box.SIMPLE_HEAD)
-    for heading in ("parameter", *measured["rules"]):
-        names.add_column(heading, no_wrap=True)
+    headings = ["parameter", *measured["rules"]]
+    names = harness.table("which ones, by optax (p: plain, s: scanned)", headings, [])
     for path in TRUE_AXES:
         cells = (
-            "".join(kind[0] for kind, of in by_kind.items() if path in of["optax"])
+            "".join(kind[0] for kind, found in by_kind.items() if path in found["optax"])
             for by_kind in measured["rules"].values()
         )
         names.add_row(path, *cells)
-    console.print(names)
+    console.print(counts, names)
 
     by_optax, by_us = measured["scaled down"].values()
     console.print(
@@ -345,16 +332,13 @@ def report(measured: dict[str, Any], console: Console) -> None:
 
 def main() -> None:
     """Runs every rule and prints what came of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=writable, help="also write the names of the parameters to this file")
-    arguments = parser.parse_args()
+    arguments = harness.command_line(__doc__).parse_args()
 
-    console = wide_console()
-    console.print(machine())
+    console = harness.wide_console()
+    console.print(harness.machine())
     measured = measure()
     report(measured, console)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), **measured}, indent=1))
+    harness.save({"machine": harness.machine(), **measured}, arguments.json)
 
 
 if __name__ == "__main__":

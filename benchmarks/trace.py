@@ -8,26 +8,21 @@ of what was traced, and how far the peak of the resident memory is above what im
     python benchmarks/trace.py [--layers N ...] [--equations N ...] [--repeats N] [--json PATH] [--plot PATH]
 """
 
-import argparse
 import concurrent.futures
-import json
 import multiprocessing
-import pathlib
 import resource
 import sys
 import time
 from typing import Any
 from unittest import mock
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import MEGABYTE, machine, positive, wide_console, writable
 from jax.extend import core
 from models import Decoder, shapes
-from rich import box
 from rich.progress import track
-from rich.table import Table
 
 from gc_optax import infer_axes
 
@@ -50,16 +45,12 @@ def equations(jaxpr: core.Jaxpr) -> int:
     return len(jaxpr.eqns) + sum(map(equations, held))
 
 
-def decoder(layers: int, kind: str) -> Decoder:
-    """A decoder of the width of GPT-2 large or, to be deep, of a small one."""
-    if kind == "narrow":
-        return Decoder(layers, embed=64, heads=2, vocabulary=256)
-    return Decoder(layers, embed=1280, heads=20, vocabulary=50_257, scanned=kind == "scanned")
-
-
 def program(layers: int, kind: str) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
-    """A loss, and the shapes of its parameters and of its tokens."""
-    model = decoder(layers, kind)
+    """A loss, and the shapes of its parameters and tokens: as wide as GPT-2 large or, to be deep, narrow."""
+    if kind == "narrow":
+        model = Decoder(layers, embed=64, heads=2, vocabulary=256)
+    else:
+        model = Decoder(layers, embed=1280, heads=20, vocabulary=50_257, scanned=kind == "scanned")
     tokens = jax.ShapeDtypeStruct((8, 1024), jnp.int32)
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
@@ -116,97 +107,63 @@ def measure(layers: int, kind: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def reading(run: dict[str, Any]) -> Any:
-    """The seconds of every repeat without those of tracing."""
-    return np.subtract(run["seconds"], run["seconds_tracing"])
-
-
-def power(runs: list[dict[str, Any]], seconds: list[float]) -> float:
-    """The power of the number of equations that times grow with, by least squares."""
-    return float(np.polyfit(np.log([run["equations"] for run in runs]), np.log(seconds), 1)[0])
+def medians(run: dict[str, Any]) -> np.ndarray:
+    """Over the repeats: seconds of `infer_axes`, of tracing, of reading, and the ratio of the last two."""
+    whole, tracing = np.array([run["seconds"], run["seconds_tracing"]])
+    reading = whole - tracing
+    return np.median([whole, tracing, reading, reading / tracing], axis=1)
 
 
 def report(runs: list[dict[str, Any]], repeats: int) -> None:
     """Prints the table, and how the time grows."""
-    table = Table(
-        title="infer_axes on decoders given as shapes",
+    headings = "layers, params, equations, infer_axes, tracing, reading, ratio, an equation, memory"
+    times = harness.table(
+        "infer_axes on decoders given as shapes",
+        ["blocks"],
+        headings.split(", "),
         caption=f"median of {repeats}; infer_axes is tracing and reading; memory: above import flax",
-        box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    headings = ("layers", "params", "equations", "infer_axes", "tracing", "reading", "ratio", "an equation")
-    table.add_column("blocks", no_wrap=True)
-    for heading in (*headings, "memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    ratios = [float(np.median(reading(run) / run["seconds_tracing"])) for run in runs]
-    for run, ratio in zip(runs, ratios, strict=True):
-        seconds = float(np.median(reading(run)))
-        table.add_row(
+    for run in runs:
+        *seconds, ratio = medians(run)
+        times.add_row(
             run["blocks"],
             str(run["layers"]),
             f"{run['parameters'] / 1e9:.2f} B",
             f"{run['equations']:,}",
-            f"{np.median(run['seconds']):.2f} s",
-            f"{np.median(run['seconds_tracing']):.2f} s",
-            f"{seconds:.2f} s",
+            *(f"{part:.2f} s" for part in seconds),
             f"{ratio:.2f}",
-            f"{seconds / run['equations'] * 1e6:.0f} µs",
-            f"{run['extra_memory'] / MEGABYTE:.0f} MB",
+            f"{seconds[-1] / run['equations'] * 1e6:.0f} µs",
+            f"{run['extra_memory'] / harness.MEGABYTE:.0f} MB",
         )
-    console = wide_console()
-    console.print(table)
-    number = int(np.argmax(ratios))
-    slowest = f"{runs[number]['layers']} layers, {runs[number]['blocks']}"
-    console.print(f"the largest ratio of reading to tracing is {ratios[number]:.2f}, of {slowest}")
+    console = harness.wide_console()
+    console.print(times)
+
+    ratios = [medians(run)[-1] for run in runs]
+    worst = runs[np.argmax(ratios)]
+    name = f"{worst['layers']} layers, {worst['blocks']}"
+    console.print(f"the largest ratio of reading to tracing is {max(ratios):.2f}, of {name}")
     for kind in ("unrolled", "narrow"):
         alike = [run for run in runs if run["blocks"] == kind]
-        if len({run["equations"] for run in alike}) > 1:
-            powers = (
-                power(alike, [float(np.median(of_one)) for of_one in times])
-                for times in ([run["seconds"] for run in alike], map(reading, alike))
-            )
-            told = "{:.2f}, reading alone to the power of {:.2f}".format(*powers)
+        counts = [run["equations"] for run in alike]
+        if len(set(counts)) > 1:
+            # The power of the number of equations that times grow with is a slope, by least squares.
+            slopes, _ = np.polyfit(np.log(counts), np.log([medians(run)[:3] for run in alike]), 1)
+            told = f"{slopes[0]:.2f}, reading alone to the power of {slopes[2]:.2f}"
             console.print(f"{kind}: time grows as the number of equations to the power of {told}")
-
-
-def plot(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Draws time and memory over the number of equations of the models that are not scanned."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    unrolled = [run for run in runs if run["blocks"] != "scanned"]
-    unrolled.sort(key=lambda run: run["equations"])
-    counts = [run["equations"] for run in unrolled]
-    figure, (times, memory) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for of_one, label in ((lambda run: run["seconds_tracing"], "tracing by JAX"), (reading, "reading")):
-        times.plot(counts, [np.median(of_one(run)) for run in unrolled], marker="o", label=label)
-    memory.plot(counts, [run["extra_memory"] / MEGABYTE for run in unrolled], marker="o")
-    times.set(title="time", xlabel="equations", ylabel="s", xlim=(0, None), ylim=(0, None))
-    memory.set(
-        title="memory above import flax", xlabel="equations", ylabel="MB", xlim=(0, None), ylim=(0, None)
-    )
-    times.legend(frameon=False)
-    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     """Measures every model and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.command_line(__doc__)
+    narrow = [5000, 10_000, 20_000, 50_000]
     parser.add_argument(
-        "--layers", type=positive, nargs="+", default=[6, 12, 24, 48], help="default: 6 12 24 48"
+        "--layers", type=harness.positive, nargs="+", default=[6, 12, 24, 48], help="default: 6 12 24 48"
     )
-    parser.add_argument(
-        "--equations",
-        type=positive,
-        nargs="*",
-        default=[5000, 10_000, 20_000, 50_000],
-        help="also narrow decoders of so many (default: 5000 10000 20000 50000)",
-    )
-    parser.add_argument("--repeats", type=positive, default=3, help="measurements of each (default: 3)")
-    parser.add_argument("--json", type=writable, help="also write every measurement to this file")
-    parser.add_argument("--plot", type=writable, help="also draw a picture into this file")
+    described = f"also narrow decoders of so many (default: {narrow})"
+    parser.add_argument("--equations", type=harness.positive, nargs="*", default=narrow, help=described)
+    parser.add_argument("--repeats", type=harness.positive, default=3, help="of each (default: 3)")
+    parser.add_argument("--plot", type=harness.writable, help="also draw a picture into this file")
     arguments = parser.parse_args()
 
     models = [(layers, "unrolled") for layers in arguments.layers] + [(max(arguments.layers), "scanned")]
@@ -217,12 +174,13 @@ def main() -> None:
         models += [(layers.result(), "narrow") for layers in deep]
         running = [pool.submit(measure, *model, arguments.repeats) for model in models]
         runs = [run.result() for run in track(running, description="models", transient=True)]
-    print(machine())
+    print(harness.machine())
     report(runs, arguments.repeats)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(runs, indent=1))
+    harness.save(runs, arguments.json)
     if arguments.plot:
-        plot(runs, arguments.plot)
+        from plots import plot_trace
+
+        plot_trace(runs, arguments.plot)
 
 
 if __name__ == "__main__":

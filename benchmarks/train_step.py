@@ -5,41 +5,34 @@ state donated. It runs for the network of the quickstart, for a ResNet-18 and fo
 update alone is compiled for two trees of 1,000 leaves, of ten sizes: layers of a kernel and three vectors;
 and kernels only, which no model has.
 
-The ways take turns in one process; what is printed are medians over the rounds of the ratio to the plain way
-within the round, with their quartiles. The plain way takes part twice, and "plain again" shows how far noise
-goes.
+Times are ratios to the plain way, measured as in `overhead.py`; "plain again" shows how far noise goes.
 
     python benchmarks/train_step.py [--rounds N] [--compilations N] [--json PATH]
 """
 
-import argparse
-import json
+import functools
 import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import machine, positive, spread, take_turns, wide_console, writable
 from models import Decoder, ResNet
-from rich import box
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import gc_optax
 
 sys.path.append(str(pathlib.Path(__file__).absolute().parent.parent / "examples"))
 from quickstart import CNN
 
-PLAIN, AGAIN = "plain", "plain again"
 # By convention: on these models it differs from `infer_axes` in one leaf, the table of positions.
 OPTIMIZERS = {
-    PLAIN: optax.adamw(1e-3),
+    "plain": optax.adamw(1e-3),
     "gc_optax": gc_optax.centralized(optax.adamw(1e-3), gc_optax.centralize(gc_optax.out_last)),
     "optax.centralize": gc_optax.centralized(optax.adamw(1e-3), optax.centralize()),
 }
@@ -50,7 +43,7 @@ def training_step(
 ) -> dict[str, Callable[[], Any]]:
     """A whole step in every way: functions that take it, all from the parameters that the last one left."""
     params, others = variables["params"], {name: variables[name] for name in variables if name != "params"}
-    state = OPTIMIZERS[PLAIN].init(params)
+    state = OPTIMIZERS["plain"].init(params)
 
     def loss(params: Any, others: Any) -> tuple[jax.Array, Any]:
         inputs, labels = batch
@@ -58,23 +51,16 @@ def training_step(
         logits, others = model.apply({"params": params} | others, inputs, **train, mutable=list(others))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), others
 
-    def runner(optimizer: optax.GradientTransformation) -> Callable[[], Any]:
+    def compiled(optimizer: optax.GradientTransformation) -> jax.stages.Compiled:
         def step(params: Any, others: Any, state: Any) -> tuple[Any, Any, Any]:
             gradients, others = jax.grad(loss, has_aux=True)(params, others)
             updates, state = optimizer.update(gradients, state, params)
             return optax.apply_updates(params, updates), others, state
 
-        program = jax.jit(step, donate_argnums=(0, 1, 2)).lower(params, others, state).compile()
+        return jax.jit(step, donate_argnums=(0, 1, 2)).lower(params, others, state).compile()
 
-        def run() -> Any:
-            nonlocal params, others, state
-            params, others, state = program(params, others, state)
-            return params
-
-        return run
-
-    ways = {name: runner(optimizer) for name, optimizer in OPTIMIZERS.items()}
-    return ways | {AGAIN: ways[PLAIN]}
+    programs = {name: compiled(optimizer) for name, optimizer in OPTIMIZERS.items()}
+    return harness.stepping(harness.with_again(programs), (params, others, state))
 
 
 def models() -> dict[str, tuple[nn.Module, tuple[jax.Array, jax.Array]]]:
@@ -117,58 +103,35 @@ def trees() -> dict[str, Any]:
 def compilation(params: Any) -> dict[str, Callable[[], Any]]:
     """Tracing, lowering and compiling the update in every way: functions that do it from cold caches."""
 
-    def runner(optimizer: optax.GradientTransformation) -> Callable[[], Any]:
-        def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
-            updates, state = optimizer.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state
+    def compile_anew(optimizer: optax.GradientTransformation) -> None:
+        jax.clear_caches()
+        harness.compile_update(optimizer, params, state)
 
-        state = jax.eval_shape(optimizer.init, params)
-
-        def run() -> None:
-            jax.clear_caches()
-            jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
-
-        return run
-
-    ways = {name: runner(optimizer) for name, optimizer in OPTIMIZERS.items()}
-    return ways | {AGAIN: ways[PLAIN]}
-
-
-def report(title: str, runs: dict[str, dict[str, list[float]]], console: Console) -> None:
-    """Prints the ratios to the plain way."""
-    table = Table(title=title, caption="median (quartiles) of the ratios within a round", box=box.SIMPLE_HEAD)
-    others = [name for name in (*OPTIMIZERS, AGAIN) if name != PLAIN]
-    for heading in ("", PLAIN, *others):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for name, seconds in runs.items():
-        ratios = (str(spread(np.divide(seconds[way], seconds[PLAIN]))) for way in others)
-        table.add_row(name, f"{np.median(seconds[PLAIN]) * 1e3:,.1f} ms", *ratios)
-    console.print(table)
+    state = jax.eval_shape(OPTIMIZERS["plain"].init, params)  # `centralized` adds nothing to it
+    ways = {name: functools.partial(compile_anew, optimizer) for name, optimizer in OPTIMIZERS.items()}
+    return harness.with_again(ways)
 
 
 def main() -> None:
     """Measures training steps and compilations, and prints a table of each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=positive, default=31, help="steps of each (default: 31)")
-    parser.add_argument("--compilations", type=positive, default=3, help="of each (default: 3)")
-    parser.add_argument("--json", type=writable, help="also write every measurement to this file")
+    parser = harness.command_line(__doc__)
+    parser.add_argument("--rounds", type=harness.positive, default=31, help="steps of each (default: 31)")
+    parser.add_argument("--compilations", type=harness.positive, default=3, help="of each (default: 3)")
     arguments = parser.parse_args()
 
-    console = wide_console()
-    console.print(machine())
+    console = harness.wide_console()
+    console.print(harness.machine())
     steps, compilations = {}, {}
-    for name, (model, batch) in track(
-        models().items(), description="training steps", transient=True, console=console
-    ):
+    given = models().items()
+    for name, (model, batch) in track(given, description="training steps", transient=True, console=console):
         variables = jax.jit(model.init)(jax.random.key(0), batch[0])
-        steps[name] = take_turns(training_step(model, variables, batch), arguments.rounds)
-    report("time of a training step with AdamW, as a ratio to the plain one", steps, console)
+        steps[name] = harness.take_turns(training_step(model, variables, batch), arguments.rounds)
+    harness.report_ratios("time of a training step with AdamW, as a ratio to the plain one", steps, console)
     for name, params in track(trees().items(), description="compilations", transient=True, console=console):
-        compilations[name] = take_turns(compilation(params), arguments.compilations)
-    report("time to trace and compile the update, as a ratio to the plain one", compilations, console)
-    if arguments.json:
-        written = {"machine": machine(), "steps": steps, "compilations": compilations}
-        arguments.json.write_text(json.dumps(written, indent=1))
+        compilations[name] = harness.take_turns(compilation(params), arguments.compilations)
+    title = "time to trace and compile the update, as a ratio to the plain one"
+    harness.report_ratios(title, compilations, console)
+    harness.save({"machine": harness.machine(), "steps": steps, "compilations": compilations}, arguments.json)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ import textwrap
 
 import pytest
 
-BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
+SCRIPTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "tpu"
 
 
 @pytest.fixture
 def traffic(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     return importlib.import_module("traffic")
 
 
@@ -202,18 +202,18 @@ def test_collectives_are_found_in_fusions_and_where_they_are_done(traffic):
 
 
 @pytest.fixture
-def tpu_pod(monkeypatch):
+def pod(monkeypatch):
     """The benchmark as a module; what it sets in the environment stays in a copy of it."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("tpu_pod")
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("pod")
 
 
 @pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize(("name", "parameters"), [("7B", 6_738_415_616), ("70B", 68_976_648_192)])
-def test_the_decoders_are_those_of_llama_2(tpu_pod, name, parameters, scanned):
-    tree = tpu_pod.weights(tpu_pod.DECODERS[name], scanned)
-    leaves = tpu_pod.jax.tree.leaves(tree, is_leaf=tpu_pod.is_weight)
+def test_the_decoders_are_those_of_llama_2(pod, name, parameters, scanned):
+    tree = pod.weights(pod.DECODERS[name], scanned)
+    leaves = pod.jax.tree.leaves(tree, is_leaf=pod.is_weight)
     assert sum(math.prod(weight.shape) for weight in leaves) == parameters
 
 
@@ -225,18 +225,18 @@ def test_the_decoders_are_those_of_llama_2(tpu_pod, name, parameters, scanned):
         ("--json", "no/such/folder/pod.json", "argument --json: there is no folder"),
     ],
 )
-def test_bad_arguments_are_refused(tpu_pod, monkeypatch, capsys, option, value, message):
-    monkeypatch.setattr(sys, "argv", ["tpu_pod.py", option, value])
+def test_bad_arguments_are_refused(pod, monkeypatch, capsys, option, value, message):
+    monkeypatch.setattr(sys, "argv", ["pod.py", option, value])
     with pytest.raises(SystemExit, match="2"):
-        tpu_pod.main()
+        pod.main()
     assert message in capsys.readouterr().err
 
 
-def test_without_libtpu_it_says_what_to_install(tpu_pod, monkeypatch, capsys):
-    monkeypatch.setattr(tpu_pod.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["tpu_pod.py"])
+def test_without_libtpu_it_says_what_to_install(pod, monkeypatch, capsys):
+    monkeypatch.setattr(pod.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["pod.py"])
     with pytest.raises(SystemExit, match="2"):
-        tpu_pod.main()
+        pod.main()
     assert "there is no libtpu here; pip install '.[tpu]'" in capsys.readouterr().err
 
 
@@ -246,7 +246,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def run(*arguments):
-    command = [sys.executable, BENCHMARKS / "tpu_pod.py", *map(str, arguments)]
+    command = [sys.executable, SCRIPTS / "pod.py", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

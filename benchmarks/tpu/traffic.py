@@ -35,6 +35,8 @@ MOVE_NOTHING = {
     "tuple",
     "while",
 }
+# What runs a computation, and what that is to it. A fusion is an instruction to HBM, and many to collectives.
+CALLS = {"while": "body", "call": "to_apply"}
 
 
 class Array(NamedTuple):
@@ -112,17 +114,18 @@ def bits(dtype: str) -> int:
     return int(width[0]) if width else {"pred": 8, "token": 0}[dtype]
 
 
-def runs(program: Program, name: str, times: int = 1) -> Iterator[tuple[int, Computation]]:
-    """A computation and all that it calls but fusions, each with how often it is run."""
+def runs(
+    program: Program, name: str, enter: dict[str, str] = CALLS, times: int = 1
+) -> Iterator[tuple[int, Computation]]:
+    """A computation and all that it calls by what is in `enter`, each with how often it is run."""
     computation = program.computations[name]
     yield times, computation
     for instruction in computation.values():
-        if instruction.opcode == "while":
-            yield from runs(program, instruction.called("body"), times * trips(instruction))
-        elif instruction.opcode == "call":
-            yield from runs(program, instruction.called("to_apply"), times)
-        elif instruction.opcode == "conditional":
+        if instruction.opcode == "conditional":
             raise ValueError(f"which branch is run is not known: {instruction.line}")
+        if role := enter.get(instruction.opcode):
+            inside = times * trips(instruction) if instruction.opcode == "while" else times
+            yield from runs(program, instruction.called(role), enter, inside)
 
 
 def trips(loop: Instruction) -> int:
@@ -137,21 +140,12 @@ def collectives(program: Program) -> dict[str, tuple[int, int]]:
     """For each kind of collective how often it is run, and the bytes of the results."""
     count: Counter[str] = Counter()
     size: Counter[str] = Counter()
-    for times, computation in runs(program, program.entry):
+    for times, computation in runs(program, program.entry, CALLS | {"fusion": "calls"}):
         for instruction in computation.values():
-            for collective in collectives_in(program, instruction):
-                count[collective.opcode] += times
-                size[collective.opcode] += times * sum(array.size for array in collective.results)
+            if instruction.opcode in COLLECTIVES:
+                count[instruction.opcode] += times
+                size[instruction.opcode] += times * sum(array.size for array in instruction.results)
     return {kind: (count[kind], size[kind]) for kind in count}
-
-
-def collectives_in(program: Program, instruction: Instruction) -> Iterator[Instruction]:
-    """The instruction itself, or those that it has fused."""
-    if instruction.opcode in COLLECTIVES:
-        yield instruction
-    elif instruction.opcode == "fusion":
-        for fused in program.computations[instruction.called("calls")].values():
-            yield from collectives_in(program, fused)
 
 
 def hbm_traffic(program: Program) -> Traffic:

@@ -15,7 +15,7 @@ stacked. What is printed is read off two programs, the plain one and the central
   does not, which are means, and sums that they are made of, where they find no room on the chip.
 
     pip install -e '.[tpu]'
-    python benchmarks/tpu_pod.py [--models NAME ...] [--topology NAME] [--meshes FSDPxTP ...] [--json PATH]
+    python benchmarks/tpu/pod.py [--models NAME ...] [--topology NAME] [--meshes FSDPxTP ...] [--json PATH]
 """
 
 import os
@@ -29,12 +29,12 @@ os.environ |= {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
-import argparse
 import importlib.util
 import itertools
-import json
 import math
+import pathlib
 import platform
+import sys
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -42,17 +42,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import MEGABYTE, wide_console, writable
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from traffic import collectives, hbm_traffic, parse
 
 import gc_optax
+
+sys.path.append(str(pathlib.Path(__file__).absolute().parent.parent))
+import harness
 
 PLAIN, CENTRALIZED = "plain", "centralized"
 FSDP, TP = "fsdp", "tp"
@@ -132,8 +132,8 @@ def local_bytes(parameters: list[Weight], mesh: Mesh) -> int:
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
 
 
-def compile_update(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> jax.stages.Compiled:
-    """The program from (parameters, state, gradients) to (parameters, state), for every chip of the mesh."""
+def compile_sharded(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> jax.stages.Compiled:
+    """The program of the update, for every chip of the mesh."""
     whole = NamedSharding(mesh, WHOLE)
     state = optax.tree_map_params(
         optimizer,
@@ -142,14 +142,8 @@ def compile_update(optimizer: optax.GradientTransformation, params: Any, mesh: M
         params,
         transform_non_params=lambda count: jax.ShapeDtypeStruct(count.shape, count.dtype, sharding=whole),
     )
-
-    def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
     shardings = jax.tree.map(lambda array: array.sharding, (params, state))
-    update = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
-    return update.lower(params, state, params).compile()
+    return harness.compile_update(optimizer, params, state, out_shardings=shardings)
 
 
 def read_off(compiled: jax.stages.Compiled) -> dict[str, Any]:
@@ -178,33 +172,24 @@ def measure(decoder: Decoder, scanned: bool, mesh: Mesh) -> dict[str, Any]:
         "parameter_bytes": local_bytes(leaves, mesh),
         "kernel_bytes": local_bytes(kernels, mesh),
         "mean_bytes": local_bytes([weight.means() for weight in kernels], mesh),
-        "programs": {name: read_off(compile_update(way, params, mesh)) for name, way in ways.items()},
+        "programs": {name: read_off(compile_sharded(way, params, mesh)) for name, way in ways.items()},
     }
-
-
-def table(title: str, headings: list[str]) -> Table:
-    """An empty table; decoders and meshes are to its left."""
-    empty = Table(title=title, box=box.SIMPLE_HEAD)
-    for heading in ("decoder", "mesh"):
-        empty.add_column(heading, no_wrap=True)
-    for heading in headings:
-        empty.add_column(heading, justify="right", no_wrap=True)
-    return empty
 
 
 def megabytes(size: float) -> str:
     """A size for people."""
-    return f"{size / MEGABYTE:,.2f}"
+    return f"{size / harness.MEGABYTE:,.2f}"
 
 
 def report(runs: list[dict[str, Any]], console: Console) -> None:
     """Prints what centralization adds."""
-    moved = table("HBM traffic of a chip in a step", ["plain, MB", "arrays", "ratio", "floor", "accessed"])
-    sent = table(
-        "Collectives of plain AdamW, and of centralized AdamW by kind",
-        ["plain", "all-reduces", "MB", "others", "MB"],
-    )
-    held = table("Temporary memory in HBM, MB", ["plain", "added", "spilled", "all means"])
+    names = ["decoder", "mesh"]
+    traffic = ["plain, MB", "arrays", "ratio", "floor", "accessed"]
+    moved = harness.table("HBM traffic of a chip in a step", names, traffic)
+    counts = ["plain", "all-reduces", "MB", "others", "MB"]
+    sent = harness.table("Collectives of plain AdamW, and of centralized AdamW by kind", names, counts)
+    sizes = ["plain", "added", "spilled", "all means"]
+    held = harness.table("Temporary memory in HBM, MB", names, sizes)
     for run in runs:
         plain, centralized = run["programs"][PLAIN], run["programs"][CENTRALIZED]
         name = (run["decoder"], run["mesh"])
@@ -245,25 +230,14 @@ def mesh_shape(given: str) -> tuple[int, int]:
 
 def main() -> None:
     """Compiles the update of every decoder on every mesh, and prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.command_line(__doc__)
     parser.add_argument(
-        "--models",
-        nargs="+",
-        choices=DECODERS,
-        default=["7B", "70B"],
-        metavar="NAME",
-        help=f"of {', '.join(DECODERS)} (default: 7B 70B)",
+        "--models", nargs="+", choices=DECODERS, default=["7B", "70B"], help="default: 7B 70B"
     )
-    parser.add_argument("--topology", default="v5e:16x16", metavar="NAME", help="(default: v5e:16x16)")
+    parser.add_argument("--topology", default="v5e:16x16", metavar="NAME", help="default: v5e:16x16")
     parser.add_argument(
-        "--meshes",
-        nargs="+",
-        type=mesh_shape,
-        default=[(64, 4)],
-        metavar="FSDPxTP",
-        help="with all chips of the topology (default: 64x4)",
+        "--meshes", nargs="+", type=mesh_shape, default=[(64, 4)], metavar="FSDPxTP", help="default: 64x4"
     )
-    parser.add_argument("--json", type=writable, help="also write what was read to this file")
     arguments = parser.parse_args()
     if importlib.util.find_spec("libtpu") is None:
         parser.error("there is no libtpu here; pip install '.[tpu]'")
@@ -276,7 +250,7 @@ def main() -> None:
             asked = "x".join(map(str, shape))
             parser.error(f"argument --meshes: {arguments.topology} has {len(devices)} chips, and not {asked}")
 
-    console = wide_console()
+    console = harness.wide_console()
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu", "optax"))
     console.print(f"{arguments.topology}, Python {platform.python_version()}, {versions}")
     cases = list(itertools.product(arguments.models, (False, True), arguments.meshes))
@@ -286,9 +260,7 @@ def main() -> None:
         names = {"decoder": model + ", scanned" * scanned, "mesh": "x".join(map(str, shape))}
         runs.append(names | run)
     report(runs, console)
-    if arguments.json:
-        measured = {"topology": arguments.topology, "versions": versions, "runs": runs}
-        arguments.json.write_text(json.dumps(measured, indent=1))
+    harness.save({"topology": arguments.topology, "versions": versions, "runs": runs}, arguments.json)
 
 
 if __name__ == "__main__":
