@@ -198,7 +198,7 @@ def main() -> None:
     """Measures every case under every optimizer, and prints the tables."""
     parser = harness.command_line(__doc__)
     known = [*MODELS, *map(str, TENSORS)]
-    parser.add_argument("--transformation", choices=TRANSFORMATIONS, default="centralize", metavar="NAME")
+    parser.add_argument("--transformation", choices=TRANSFORMATIONS, default="centralize")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=[*OPTIMIZERS], metavar="NAME")
     parser.add_argument("--cases", nargs="+", choices=known, default=known, metavar="NAME")
     parser.add_argument("--rounds", type=harness.positive, default=15, help="of measurements (default: 15)")
