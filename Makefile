@@ -99,7 +99,7 @@ build: .venv/dev.installed
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-tpu dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-nightly .venv-tpu .venv-wheel dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # One stamp for each set of extras in pyproject.toml: the demo does not wait for the tests' dependencies.
 %.installed: pyproject.toml
@@ -107,3 +107,30 @@ clean:
 	@$(PYTHON) -m venv $(@D)
 	@$(INSTALL) --editable '.[$(*F)]'
 	@touch $@
+
+# What CI calls besides, in .github/workflows.
+
+.PHONY: test-nightly test-wheel check-tag
+
+# JAX's documentation names this index. It has the nightly builds of JAX, and what they depend on.
+JAX_NIGHTLY = https://us-python.pkg.dev/ml-oss-artifacts-published/jax/simple/
+test-nightly: PYTHON = python3.13
+test-nightly: BIN := .venv-nightly/bin
+test-nightly: INSTALL = $(UV_INSTALL)
+test-nightly: .venv-nightly/dev.installed
+	$(PIP_INSTALL) --upgrade --pre --index-url $(JAX_NIGHTLY) jax jaxlib
+	$(PYTEST) -m "not slow"
+
+# What `make build` left in dist/: the tests of the source distribution, run on the wheel. Its own gc_optax is taken
+# away, so that nothing but the wheel can be imported.
+test-wheel: BIN := $(CURDIR)/.venv-wheel/bin
+test-wheel:
+	$(PYTHON) -m venv --clear .venv-wheel
+	$(PIP_INSTALL) "$$(ls dist/*.whl)[test]"
+	sources="$$(mktemp -d)" && tar -xzf dist/*.tar.gz -C "$$sources" --strip-components 1 && \
+	rm -r "$$sources/gc_optax" && cd "$$sources" && $(PYTEST) -m "not slow" tests
+
+# make check-tag TAG=v0.1.0
+check-tag:
+	@version="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)"; \
+	[ "$$TAG" = "v$$version" ] || { echo "the tag is '$$TAG', and pyproject.toml has version $$version"; exit 1; }

@@ -1,5 +1,10 @@
-"""Gradient centralization for JAX, as an optax transformation."""
+"""Gradient centralization for JAX, as an optax transformation.
 
+`gc_optax.nnx` is for models of Flax NNX and `gc_optax.keras` for Keras. Each loads when it is first used, and
+needs Flax or Keras installed; nothing else here does.
+"""
+
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +18,19 @@ from ._masks import decay_mask
 from ._report import removed_fraction, summarize
 
 if TYPE_CHECKING:
+    from . import keras as keras
+    from . import nnx as nnx
     from ._infer import infer_axes
 else:  # where a type checker sees it, it takes every name for one of ours
 
     def __getattr__(name: str) -> Any:
-        # A program that has its axes need not load what reads programs.
+        # A program that has its axes need not load what reads programs, nor a framework that it does not use.
         if name == "infer_axes":
             from ._infer import infer_axes
 
             return infer_axes
+        if name in ("keras", "nnx"):
+            return _import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -46,4 +55,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    # `help` and completion get every name that is listed here, so a framework is listed once it is loaded.
+    return [*__all__, "__version__", *({"keras", "nnx"} & globals().keys())]

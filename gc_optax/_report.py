@@ -262,7 +262,7 @@ def _table(rows: list[_Row], *, with_gradients: bool) -> str:
     try:
         from rich import box, console, table, text
     except ImportError as error:
-        raise ImportError("summarize needs Rich: pip install 'gc_optax[report]'") from error
+        raise ImportError("summarize needs Rich: pip install rich") from error
     shown = table.Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     # A convention knows what is a weight and what a table, but not where a weight stands.
     with_roles = any(row.axes.role in ("input", "hidden", "output") for row in rows)

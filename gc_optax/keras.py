@@ -23,7 +23,7 @@ try:
     import keras
 except ImportError as error:
     if error.name == "keras":
-        raise ImportError("gc_optax.keras needs Keras: pip install 'gc_optax[keras]'") from error
+        raise ImportError("gc_optax.keras needs Keras: pip install keras") from error
     raise ImportError(f"Keras could not import its backend ({error}): {_NEEDS_JAX}") from error
 if keras.backend.backend() != "jax":
     raise ImportError(

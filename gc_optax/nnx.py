@@ -6,7 +6,7 @@ from typing import Any
 try:
     from flax import nnx
 except ImportError as error:
-    raise ImportError("gc_optax.nnx needs Flax: pip install 'gc_optax[flax]'") from error
+    raise ImportError("gc_optax.nnx needs Flax: pip install flax") from error
 
 from ._axes import PyTree
 from ._infer import infer_axes as _infer_axes

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import pathlib
+import pydoc
+import re
 import subprocess
 import sys
 import sysconfig
@@ -37,10 +39,41 @@ def test_every_public_name_is_there_and_is_shown():
         gc_optax.infer_axis  # noqa: B018
 
 
+def test_a_framework_is_listed_once_it_is_loaded_and_loads_when_it_is_first_used():
+    program = (
+        "import sys, gc_optax\n"
+        "print(*dir(gc_optax))\n"
+        "gc_optax.nnx.infer_axes, gc_optax.keras.centralized\n"
+        "print(*dir(gc_optax))"
+    )
+    before, after = (set(line.split()) for line in run(sys.executable, "-c", program, cwd=ROOT).splitlines())
+    assert before == {*gc_optax.__all__, "__version__"}
+    assert after - before == {"keras", "nnx"}
+
+
+@pytest.mark.parametrize(("framework", "module"), [("flax", "nnx"), ("keras", "keras")])
+def test_without_a_framework_its_module_says_what_to_install_and_help_works(framework, module):
+    program = (
+        f"import sys; sys.modules[{framework!r}] = None\n"
+        "import gc_optax, pydoc\n"
+        "pydoc.render_doc(gc_optax)\n"
+        f"try:\n    gc_optax.{module}\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    told = run(sys.executable, "-c", program, cwd=ROOT)
+    assert told == f"gc_optax.{module} needs {framework.title()}: pip install {framework}\n"
+
+
+def test_help_describes_the_public_names_only():
+    page = pydoc.plain(pydoc.render_doc(gc_optax))
+    described = re.findall(r"^ {4}(?:class )?(\w+)\(", page, re.MULTILINE)
+    assert sorted(described) == sorted({*gc_optax.__all__} - {"optimizers"})
+
+
 def test_an_import_loads_neither_what_reads_programs_nor_a_framework():
     loaded = run(sys.executable, "-c", "import sys, optax, gc_optax; print(*sys.modules)", cwd=ROOT).split()
     assert "gc_optax._centralize" in loaded
-    for module in ("gc_optax._infer", "gc_optax.nnx", "jax.extend", "flax", "rich", "equinox"):
+    for module in ("gc_optax._infer", "gc_optax.nnx", "jax.extend", "flax", "keras", "rich", "equinox"):
         assert module not in loaded
     read = run(
         sys.executable, "-c", "import sys, gc_optax; gc_optax.infer_axes; print(*sys.modules)", cwd=ROOT

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 import gc_optax
 from gc_optax import (
@@ -66,6 +67,8 @@ def right(params: dict[str, jax.Array], x: jax.Array) -> None:
     adaptive_grad_clip(0.01)
     adaptive_grad_clip(jnp.array(0.01), axes, eps=1e-2, partition_specs=jax.sharding.PartitionSpec("x"))
     optax.chain(adaptive_grad_clip(0.01, bare), optax.sgd(0.1))
+    centralize(gc_optax.nnx.infer_axes(loss, nnx.Linear(8, 1, rngs=nnx.Rngs(0)), x))
+    gc_optax.keras.centralized("adam", gc_optax.keras.infer_axes("a model", x), where="updates")
     print(axes["kernel"].fan_in, conv_only(out_last)(params)["kernel"])
 
 
@@ -91,5 +94,8 @@ def wrong(params: dict[str, jax.Array], x: jax.Array) -> None:
     WeightAxes((0,)).with_batch_axes("0")  # type: ignore[arg-type]
     conv_only("out_last")  # type: ignore[call-overload]
     infer_axes(params, loss)  # type: ignore[arg-type]
+    gc_optax.nnx.infer_axes(params, loss)  # type: ignore[arg-type]
+    gc_optax.keras.centralized("adam", where="update")  # type: ignore[arg-type]
+    gc_optax.nnx.infer_axis(loss)  # type: ignore[attr-defined]
     gc_optax.centralise(0)  # type: ignore[attr-defined]
     WeightAxes(0)  # type: ignore[arg-type]

@@ -330,7 +330,7 @@ def test_rich_is_needed_for_summarize_only():
         "except ImportError as error:\n    print(error)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout == "summarize needs Rich: pip install 'gc_optax[report]'\n"
+    assert run.stdout == "summarize needs Rich: pip install rich\n"
 
 
 def test_a_name_with_an_escape_code_or_markup_is_shown_as_it_is_spelled():
