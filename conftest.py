@@ -37,9 +37,10 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config):
-    """Keeps what was compiled for the next run, in `.pytest_cache`: compiling takes most of the time of the tests.
+    """Keeps what is compiled for the other processes and for the next run, in `.pytest_cache`.
 
-    JAX finds a program again by all that it is compiled from, so other code compiles anew.
+    Compiling takes most of the time of the tests. JAX looks a program up by all that it is compiled from, the
+    version of XLA included, so what has changed is compiled anew.
     """
     if cache := getattr(config, "cache", None):
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))

@@ -634,7 +634,7 @@ MODELS = [
 ]
 
 
-# For tests that take each: two models, of nested dictionaries and of boxes, for `make test`, and the others for `make test-slow`.
+# Two of them, of nested dictionaries and of boxes, for `make test`; the others wait for `make test-slow`.
 SOME_OF_THE_MODELS = [
     pytest.param(build, marks=() if build in (gpt, merged_lora) else pytest.mark.thorough) for build in MODELS
 ]
