@@ -6,8 +6,10 @@ UV_INSTALL = $(PIP_INSTALL) uv && $(BIN)/uv pip install --python $(BIN)/python -
 INSTALL = $(PIP_INSTALL)
 # One process for each processor. What is in one file shares fixtures, or a page's names, and stays together.
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+# A file or two for each module of the package, of those that compile little.
+QUICK = tests/axes tests/infer_axes tests/report tests/optimizers/test_optimizers.py tests/frameworks/test_nnx.py
 
-.PHONY: help demo demo-pod examples evidence test test-oldest test-newest test-tpu lint docs docs-serve build clean
+.PHONY: help demo demo-pod examples evidence test test-quick test-slow test-oldest test-newest test-tpu lint docs docs-serve build clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,7 +17,10 @@ help:
 	@echo "make demo-pod     train a sharded language model on eight simulated devices"
 	@echo "make examples     run every example with small settings, a few minutes in all"
 	@echo "make evidence     make the tables and pictures of docs/evidence.md from the runs that are kept"
-	@echo "make test         run the tests, the docstrings' examples and the Python blocks of README.md and docs/"
+	@echo "make test         run the tests, the docstrings' examples and the Python blocks of README.md and docs/,"
+	@echo "                  but for those of make test-slow"
+	@echo "make test-quick   run a minute of them, for each module some: between two edits"
+	@echo "make test-slow    run the tests that take long: whole trainings, every combination, other processes"
 	@echo "make test-oldest  run what is not slow with the oldest versions that pyproject.toml allows"
 	@echo "make test-newest  run what is not slow with the newest versions, on Python 3.13"
 	@echo "make test-tpu     run the tests that compile for a TPU pod; no TPU is needed"
@@ -57,7 +62,13 @@ evidence: .venv/evidence.installed
 	$(BIN)/python benchmarks/evidence_analysis.py
 
 test: .venv/dev.installed
-	$(PYTEST) --cov
+	$(PYTEST) -m "not slow and not thorough" --cov
+
+test-quick: .venv/dev.installed
+	$(PYTEST) -m "not slow and not thorough" $(QUICK)
+
+test-slow: .venv/dev.installed
+	$(PYTEST) -m "slow or thorough"
 
 # pip always takes the newest versions; uv can take the lowest of what pyproject.toml names. Where a floor does not go with
 # another requirement it takes a higher version, so floors.py looks at what is there. The documents need newer versions.
@@ -112,13 +123,12 @@ clean:
 
 .PHONY: test-nightly test-wheel check-tag
 
-# JAX's documentation names this index. It has the nightly builds of JAX, and what they depend on.
-JAX_NIGHTLY = https://us-python.pkg.dev/ml-oss-artifacts-published/jax/simple/
+# JAX's documentation names the index of its nightly builds: make test-nightly JAX_NIGHTLY_INDEX=...
 test-nightly: PYTHON = python3.13
 test-nightly: BIN := .venv-nightly/bin
 test-nightly: INSTALL = $(UV_INSTALL)
 test-nightly: .venv-nightly/dev.installed
-	$(PIP_INSTALL) --upgrade --pre --index-url $(JAX_NIGHTLY) jax jaxlib
+	$(PIP_INSTALL) --upgrade --pre --index-url $(JAX_NIGHTLY_INDEX) jax jaxlib
 	$(PYTEST) -m "not slow"
 
 # What `make build` left in dist/: the tests of the source distribution, run on the wheel. Its own gc_optax is taken

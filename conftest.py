@@ -35,6 +35,19 @@ jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
 
+
+def pytest_configure(config):
+    """Keeps what is compiled for the other processes and for the next run, in `.pytest_cache`.
+
+    Compiling takes most of the time of the tests. JAX looks a program up by all that it is compiled from, the
+    version of XLA included, so what has changed is compiled anew.
+    """
+    if cache := getattr(config, "cache", None):
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"]).pytest()
 
 

@@ -64,6 +64,7 @@ def assert_close(actual, desired, atol):
     np.testing.assert_allclose(wide(actual), wide(desired), rtol=0, atol=atol)
 
 
+@pytest.mark.thorough
 @given(cases, seeds, dtypes)
 def test_is_idempotent(case, seed, dtype):
     shape, axes = case
@@ -83,6 +84,7 @@ def test_is_linear(case, seed, dtype, factor):
     assert_close(combined, separate, 8 * rounding(abs(g) + 3 * abs(h), axes, dtype))
 
 
+@pytest.mark.thorough
 @given(cases, seeds, dtypes)
 def test_is_self_adjoint(case, seed, dtype):
     shape, axes = case
@@ -101,6 +103,7 @@ def test_leaves_every_weight_vector_with_mean_zero(case, seed, dtype):
     assert_close(means, np.zeros_like(means), rounding(gradient, axes, dtype))
 
 
+@pytest.mark.thorough
 @given(cases, seeds, dtypes)
 def test_never_increases_the_norm(case, seed, dtype):
     shape, axes = case

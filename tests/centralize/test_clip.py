@@ -96,6 +96,7 @@ def gradients_and_weights(draw):
     return *pair, fan_in
 
 
+@pytest.mark.thorough
 @settings(max_examples=150)
 @given(gradients_and_weights(), st.sampled_from([0.0, 0.01, 0.3, 1.0, 7.0]))
 def test_equals_optax_to_the_last_bit(case, clipping):
@@ -313,6 +314,7 @@ def by_path(tree):
     return {path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_models_match_the_oracle(make):
     forward, params, inputs, truth = make()

@@ -274,6 +274,7 @@ def failures_and_outcomes(seed, numbers):
     return failures, outcomes
 
 
+@pytest.mark.thorough
 def test_every_call_computes_or_refuses_by_name():
     failures, outcomes = failures_and_outcomes(SEED, range(CASES))
     assert not failures, f"{len(failures)} of {CASES}\n" + "\n".join(failures[:10])
@@ -306,6 +307,7 @@ LARGE = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("make", LARGE.values(), ids=LARGE)
 @pytest.mark.parametrize("call", ["init", "update", "removed_fraction", "summarize"])
 def test_large_trees_are_computed(make, call):

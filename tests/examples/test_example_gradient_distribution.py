@@ -28,6 +28,7 @@ def assert_picture(path):
     assert struct.unpack(">II", header[16:24]) > (1000, 1000)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adam", marks=pytest.mark.slow)])
 def test_means_of_weight_vectors_stay_with_sgd_and_move_with_adam(optimizer, monkeypatch, capsys, tmp_path):
     picture = tmp_path / "picture.png"

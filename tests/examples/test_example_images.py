@@ -66,6 +66,7 @@ def rows_of(printed):
 # Folders of images
 
 
+@pytest.mark.thorough
 def test_folders_of_images_are_told_apart(photos, monkeypatch, capsys, tmp_path):
     picture = tmp_path / "curves.png"
     sizes = ["--size", 8, "--epochs", 2, "--batch-size", 2, "--seeds", 1]
@@ -85,6 +86,7 @@ def test_folders_of_images_are_told_apart(photos, monkeypatch, capsys, tmp_path)
         assert drawn.size[0] > 1000
 
 
+@pytest.mark.thorough
 def test_without_a_folder_it_draws_one_and_removes_it(image_folder, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setitem(image_folder["get_data"].__globals__, "DRAWN", 10)
@@ -307,6 +309,7 @@ def fashion(tmp_path):
     return folder
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_digits_are_told_apart(optimizer, monkeypatch, capsys, tmp_path):
     picture = tmp_path / "curves.png"

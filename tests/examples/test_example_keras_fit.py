@@ -46,6 +46,7 @@ def assert_picture(path):
 # The example with Keras
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("quick_compiler")
 def test_it_trains_prints_a_table_and_goes_on_from_the_saved_model(monkeypatch, capsys, tmp_path):
     picture = tmp_path / "curves.png"

@@ -61,6 +61,7 @@ def number(cell):
 # The language model
 
 
+@pytest.mark.thorough
 def test_the_language_model_learns_prints_a_table_and_writes(monkeypatch, capsys, tmp_path):
     text, picture = tmp_path / "text.py", tmp_path / "curves.png"
     text.write_bytes(b"".join(file.read_bytes() for file in sorted((ROOT / "tests").rglob("*.py"))))
@@ -135,6 +136,7 @@ def test_what_is_written_shows_on_any_terminal(language_model):
 # Fine-tuning
 
 
+@pytest.mark.thorough
 def test_finetuning_prints_a_table_and_keeps_its_checkpoint(finetuning, monkeypatch, capsys, tmp_path):
     folder, picture = tmp_path / "network", tmp_path / "curves.png"
     sizes = ["--seeds", 2, "--epochs", 2, "--rank", 2]

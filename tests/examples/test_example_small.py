@@ -42,6 +42,7 @@ def is_png(path):
     return path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_tabular_regression_shows_a_head_that_only_optax_freezes(monkeypatch, capsys, tmp_path):
     picture = tmp_path / "curves.png"
     run(monkeypatch, TABULAR, "--epochs", 3, "--seeds", 2, "--output", picture)
@@ -60,6 +61,7 @@ def test_tabular_regression_shows_a_head_that_only_optax_freezes(monkeypatch, ca
     assert is_png(picture)
 
 
+@pytest.mark.thorough
 def test_equinox_regression_shows_both_readings_and_trains(monkeypatch, capsys, tmp_path):
     picture = tmp_path / "curves.png"
     run(monkeypatch, EQUINOX, "--epochs", 3, "--seeds", 1, "--output", picture)
@@ -75,6 +77,7 @@ def test_equinox_regression_shows_both_readings_and_trains(monkeypatch, capsys, 
     assert is_png(picture)
 
 
+@pytest.mark.thorough
 def test_haiku_classification_reads_the_separable_convolution_and_trains(monkeypatch, capsys, tmp_path):
     picture = tmp_path / "curves.png"
     run(monkeypatch, HAIKU, "--epochs", 2, "--seeds", 1, "--output", picture)
@@ -136,6 +139,7 @@ def test_centralize_alone_takes_the_axes_of_out_last_for_equinox_without_a_word(
     assert [exact.layers[number].weight.fan_in for number in range(3)] == [(1,)] * 3
 
 
+@pytest.mark.thorough
 def test_ctrl_c_ends_in_one_line():
     code = "import comparison; raise KeyboardInterrupt"
     command = [sys.executable, "-c", code]
@@ -144,6 +148,7 @@ def test_ctrl_c_ends_in_one_line():
     assert (stopped.stdout, stopped.stderr) == ("", "\nStopped by Ctrl-C.\n")
 
 
+@pytest.mark.thorough
 def test_forty_columns_are_enough_for_the_results(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(
         sys, "argv", [str(EQUINOX), "--epochs=1", "--seeds=2", f"--output={tmp_path}/curves.png"]

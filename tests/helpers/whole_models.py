@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 
@@ -630,6 +631,12 @@ MODELS = [
     unmerged_lora,
     equinox_transformer,
     haiku_line_reader,
+]
+
+
+# Two of them, of nested dictionaries and of boxes, for `make test`; the others wait for `make test-slow`.
+SOME_OF_THE_MODELS = [
+    pytest.param(build, marks=() if build in (gpt, merged_lora) else pytest.mark.thorough) for build in MODELS
 ]
 
 

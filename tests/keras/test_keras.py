@@ -468,7 +468,7 @@ def test_a_sharded_model_trains_as_a_whole_one():
     [None, out_last, out_first, conv_only(out_last), "read", "in order"],
     ids=["default", "out_last", "out_first", "conv_only", "read", "in order"],
 )
-@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("trained", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_a_saved_model_goes_on_as_it_would_have(axes, trained, tmp_path):
     model = mlp()
     given = {"read": infer_axes(model, X), "in order": list(infer_axes(model, X).values())}

@@ -473,7 +473,9 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize(
+    "name", ["MobileNetV2", *(pytest.param(name, marks=pytest.mark.thorough) for name in [*WEIGHTS][1:])]
+)
 def test_the_axes_of_whole_models(name):
     model = getattr(applications, name)(weights=None, input_shape=(64, 64, 3), classes=10)
     truth = {

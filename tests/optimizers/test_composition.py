@@ -236,9 +236,10 @@ UPSTREAM = {(wrapper, name): error for wrapper, names, _, error in _REASONS for 
 
 
 def combination(wrapper, name):
-    """A pair to test. Those that are not slow have every wrapper and every optimizer, not each with each."""
-    marks = () if wrapper == "plain" or name in ("adamw", "lbfgs", "sgd") else pytest.mark.slow
-    return pytest.param(wrapper, name, marks=marks)
+    """A pair to test. Those without a mark have every wrapper and every optimizer, not each with each."""
+    if wrapper == "plain" or name in ("adamw", "sgd"):
+        return pytest.param(wrapper, name)
+    return pytest.param(wrapper, name, marks=pytest.mark.thorough if name == "lbfgs" else pytest.mark.slow)
 
 
 COMBINATIONS = [
