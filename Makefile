@@ -128,7 +128,7 @@ test-nightly: PYTHON = python3.13
 test-nightly: BIN := .venv-nightly/bin
 test-nightly: INSTALL = $(UV_INSTALL)
 test-nightly: .venv-nightly/dev.installed
-	$(PIP_INSTALL) --upgrade --pre --index-url $(JAX_NIGHTLY_INDEX) jax jaxlib
+	$(PIP_INSTALL) --upgrade --pre --index-url $(or $(JAX_NIGHTLY_INDEX),$(error JAX_NIGHTLY_INDEX is empty)) jax jaxlib
 	$(PYTEST) -m "not slow"
 
 # What `make build` left in dist/: the tests of the source distribution, run on the wheel. Its own gc_optax is taken

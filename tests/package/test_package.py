@@ -18,7 +18,7 @@ import pytest
 import gc_optax
 
 ROOT = pathlib.Path(__file__).parents[2]
-PROGRAM = ROOT / "tests" / "typed_program.py"
+PROGRAM = pathlib.Path(__file__).with_name("typed_program.py")
 
 
 def run(*command, **options):
