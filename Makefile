@@ -13,7 +13,7 @@ QUICK = $(addprefix tests/, \
 	centralize/test_clip.py::test_matches_the_oracle optimizers/test_optimizers.py \
 	$(addprefix infer_axes/test_, contractions.py entrywise.py moves.py roles.py uses.py verdict.py walk.py) \
 	keras/test_keras.py::test_every_optimizer_sees_centralized_gradients_and_keeps_its_variables \
-	frameworks/test_nnx.py report \
+	frameworks/test_nnx.py::test_a_model_with_every_kind_of_state report \
 	sharding/test_mesh.py::test_nothing_is_sent_but_the_means_of_weight_vectors_that_are_split)
 
 .PHONY: help demo demo-pod examples evidence test test-quick test-slow test-oldest test-newest test-tpu lint build clean
