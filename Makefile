@@ -6,8 +6,15 @@ UV_INSTALL = $(PIP_INSTALL) uv && $(BIN)/uv pip install --python $(BIN)/python -
 INSTALL = $(PIP_INSTALL)
 # One process for each processor. What is in one file shares fixtures, or a page's names, and stays together.
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile
-# A file or two for each module of the package, of those that compile little.
-QUICK = tests/axes tests/infer_axes tests/report tests/optimizers/test_optimizers.py tests/frameworks/test_nnx.py
+# Of each module of the package what compiles little: a minute at first, and less when JAX finds its programs again.
+QUICK = $(addprefix tests/, \
+	axes/test_axes.py axes/test_conventions.py axes/test_files.py axes/test_resolve.py \
+	centralize/test_arithmetic.py::test_is_its_own_transpose centralize/test_centralize.py \
+	centralize/test_clip.py::test_matches_the_oracle optimizers/test_optimizers.py \
+	$(addprefix infer_axes/test_, contractions.py entrywise.py moves.py roles.py uses.py verdict.py walk.py) \
+	keras/test_keras.py::test_every_optimizer_sees_centralized_gradients_and_keeps_its_variables \
+	frameworks/test_nnx.py::test_a_model_with_every_kind_of_state report \
+	sharding/test_mesh.py::test_nothing_is_sent_but_the_means_of_weight_vectors_that_are_split)
 
 .PHONY: help demo demo-pod examples evidence test test-quick test-slow test-oldest test-newest test-tpu lint docs docs-serve build clean
 .DEFAULT_GOAL := help

@@ -114,7 +114,11 @@ def test_equals_optax_to_the_last_bit(case, clipping):
         )
 
 
-@pytest.mark.parametrize("around", [lambda update: update, jax.jit], ids=["eager", "jitted"])
+@pytest.mark.parametrize(
+    "around",
+    [pytest.param(lambda update: update, marks=pytest.mark.thorough), jax.jit],
+    ids=["eager", "jitted"],
+)
 def test_a_tree_of_all_of_them_equals_optax_to_the_last_bit(around):
     pairs = {name: arrays(*shape, seed=len(name)) for name, (shape, _) in RIGHT_IN_OPTAX.items()}
     gradients, params = ({name: pair[number] for name, pair in pairs.items()} for number in range(2))

@@ -342,7 +342,7 @@ HAIKU = [
 @pytest.mark.parametrize(("forward", "inputs", "expected"), HAIKU, ids=range(len(HAIKU)))
 def test_haiku(forward, inputs, expected):
     model = hk.transform_with_state(forward)
-    params, state = model.init(jax.random.key(0), inputs)
+    params, state = jax.eval_shape(model.init, jax.random.key(0), inputs)
     assert kernels(infer_axes(model.apply, params, state, jax.random.key(0), inputs)) == expected
 
 
