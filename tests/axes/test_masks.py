@@ -185,6 +185,7 @@ def test_adamw_decays_the_weights_of_a_model_and_nothing_else(model):
             np.testing.assert_allclose(leaf, expected[path], atol=2e-5, err_msg=path)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "given",
     [

@@ -461,6 +461,7 @@ def test_all_but_the_last_layer():
     assert_close(updates, expected_of(gradients, params, axes) | {"head": gradients["head"]})
 
 
+@pytest.mark.thorough
 def test_all_but_the_last_layer_of_a_model_by_the_roles_that_infer_axes_reads():
     forward, params, tokens, truth = linen(True)
     axes = infer_axes(forward, params, tokens)
@@ -487,6 +488,7 @@ def test_a_schedule_of_the_clipping():
         assert_close(updates, expected_of(gradients, params, axes, clipping))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("boxed", [True, False])
 def test_nnx_optimizers_hand_over_boxes(boxed):
     def loss(model):

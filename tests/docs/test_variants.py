@@ -408,6 +408,7 @@ def test_adagrad_is_as_near_to_the_authors_as_their_epsilon_lets_it():
     assert 1e-12 < distance(taken, reference(adagrad_gc, "conv", ADAGRAD_EPS)) < 1e-7
 
 
+@pytest.mark.thorough
 @every_variant
 def test_takes_the_steps_of_no_other_rule(variant):
     """Neither without GC, nor with GC on other weights or in another place."""

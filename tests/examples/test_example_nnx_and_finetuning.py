@@ -161,6 +161,7 @@ def test_finetuning_prints_a_table_and_keeps_its_checkpoint(finetuning, monkeypa
     assert capsys.readouterr().out == f"The pretrained network is read from {folder}\n{knows}\n"
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_stopped_in_its_first_arm_shows_what_it_measured(
     finetuning, kept, monkeypatch, capsys, tmp_path
 ):

@@ -481,6 +481,7 @@ def prepared(w, kernel):
     return w, roles
 
 
+@pytest.mark.thorough
 @hypothesis.settings(max_examples=300)
 @hypothesis.given(kernels(), st.randoms(use_true_random=False), st.booleans())
 def test_random_contractions(kernel, random, kernel_first):
