@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 FROM_ROOT = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
+FENCED = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
 LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml", ".md": "markdown"}
 PUBLIC = ("gc_optax", "gc_optax.nnx", "gc_optax.keras")
 
@@ -45,7 +46,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         link: os.path.relpath(site_path(path), os.path.dirname(here) or ".")
         for link, path in linked_files(here, markdown)
     }
-    return LINK.sub(lambda link: leads.get(link[0], link[0]), markdown)
+    parts = FENCED.split(markdown)
+    parts[::2] = [LINK.sub(lambda link: leads.get(link[0], link[0]), text) for text in parts[::2]]
+    return "".join(parts)
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -83,22 +86,25 @@ def site_path(path: pathlib.Path) -> str:
 def show_source(path: pathlib.Path) -> str:
     """A page with the text of a file."""
     name, language = path.relative_to(ROOT), LANGUAGES.get(path.suffix, "text")
+    text = path.read_text().rstrip("\n")
     return (
         f"---\ntitle: {name}\nsearch:\n  exclude: true\nhide: [toc]\n---\n\n"
-        f"# `{name}`\n\n`````{language}\n{path.read_text()}`````\n"
+        f"# `{name}`\n\n`````{language}\n{text}\n`````\n"
     )
 
 
 def check_api_pages() -> None:
-    """Fails for a public name that no page of docs/api documents."""
+    """Fails for a public name that has no docstring, or that no page of docs/api shows."""
     shown = re.findall(r"^::: (\S+)", "\n".join(p.read_text() for p in (DOCS / "api").glob("*.md")), re.M)
-    missing = [name for name in public_names() if name not in shown]
-    if missing:
-        raise PluginError(f"docs/api has no `::: NAME` of {', '.join(missing)}")
+    for member in public_members():
+        if member.path not in shown:
+            raise PluginError(f"no page of docs/api has `::: {member.path}`")
+        if not member.has_docstring:
+            raise PluginError(f"{member.path} has no docstring")
 
 
-def public_names() -> Iterator[str]:
-    """The names that are the API, each with its module."""
+def public_members() -> Iterator[griffe.Object | griffe.Alias]:
+    """What is the API: the public names of each module."""
     for module in PUBLIC:
         members = griffe.load(module, search_paths=[ROOT], resolve_aliases=True).members.values()
-        yield from (member.path for member in members if member.is_public and member.path not in PUBLIC)
+        yield from (member for member in members if member.is_public and member.path not in PUBLIC)

@@ -61,8 +61,13 @@ def test_formulas_become_mathml(hooks):
     assert "arithmatex" not in shown
 
 
+def test_what_looks_like_a_link_in_code_stays(hooks):
+    code = "```python\nf[0](../README.md)\n```\n"
+    assert hooks.on_page_markdown(code + "[a](../README.md)", page=page("axes.md")) == code + "[a](index.md)"
+
+
 def test_every_public_name_has_its_place_among_the_api_pages(hooks, monkeypatch, tmp_path):
-    names = list(hooks.public_names())
+    names = [member.path for member in hooks.public_members()]
     expected = {"gc_optax.centralize", "gc_optax.infer_axes", "gc_optax.optimizers"}
     expected |= {"gc_optax.nnx.infer_axes", "gc_optax.keras.centralized", "gc_optax.keras.infer_axes"}
     assert expected < set(names)
@@ -71,5 +76,18 @@ def test_every_public_name_has_its_place_among_the_api_pages(hooks, monkeypatch,
     (tmp_path / "api").mkdir()
     (tmp_path / "api" / "one.md").write_text("".join(f"::: {name}\n" for name in names[1:]))
     monkeypatch.setattr(hooks, "DOCS", tmp_path)
-    with pytest.raises(Exception, match=f"docs/api has no `::: NAME` of {names[0]}$"):
+    with pytest.raises(Exception, match=f"no page of docs/api has `::: {names[0]}`"):
         hooks.check_api_pages()
+
+
+def test_a_public_name_without_a_docstring_is_refused(hooks, monkeypatch):
+    bare = SimpleNamespace(path="gc_optax.centralize", has_docstring=False)
+    monkeypatch.setattr(hooks, "public_members", lambda: iter([bare]))
+    with pytest.raises(Exception, match=r"gc_optax\.centralize has no docstring"):
+        hooks.check_api_pages()
+
+
+def test_no_page_loads_a_script_from_elsewhere():
+    settings = (ROOT / "mkdocs.yml").read_text()
+    assert "polyfills: [iframe-worker.js]" in settings  # or the plugin `offline` adds an address
+    assert (ROOT / "docs" / "iframe-worker.js").exists()
