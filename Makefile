@@ -6,7 +6,7 @@ UV_INSTALL = $(PIP_INSTALL) uv && $(BIN)/uv pip install --python $(BIN)/python -
 INSTALL = $(PIP_INSTALL)
 # One process for each processor. What is in one file shares fixtures, or a page's names, and stays together.
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile
-# Of each module of the package what compiles little: a minute at first, and less when JAX finds its programs again.
+# Of most modules of the package what compiles little. The first run takes longer than those that find its programs again.
 QUICK = $(addprefix tests/, \
 	axes/test_axes.py axes/test_conventions.py axes/test_files.py axes/test_resolve.py \
 	centralize/test_arithmetic.py::test_is_its_own_transpose centralize/test_centralize.py \
@@ -26,7 +26,7 @@ help:
 	@echo "make evidence     make the tables and pictures of docs/evidence.md from the runs that are kept"
 	@echo "make test         run the tests, the docstrings' examples and the Python blocks of README.md and docs/,"
 	@echo "                  but for those of make test-slow"
-	@echo "make test-quick   run a minute of them, for each module some: between two edits"
+	@echo "make test-quick   run some of them, for most modules: between two edits"
 	@echo "make test-slow    run the tests that take long: whole trainings, every combination, other processes"
 	@echo "make test-oldest  run what is not slow with the oldest versions that pyproject.toml allows"
 	@echo "make test-newest  run what is not slow with the newest versions, on Python 3.13"
